@@ -1,0 +1,177 @@
+"""Configurations as text: YAML files, dotted overrides, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import pathlib
+import types
+import typing
+
+import yaml
+
+from mixtral_jax.config import (
+    PRESETS,
+    Config,
+    InputError,
+    ModelConfig,
+    SourceConfig,
+    check_choice,
+)
+
+
+def _nearest(key: str, valid: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(valid)}"
+
+
+def _number(value: object, kind: type) -> object:
+    """Accept 1e-3 (which YAML reads as text), 2.0 for 2 and 2 for 2.0, but never a boolean."""
+    if isinstance(value, str):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError
+    if kind is int and value != int(value):
+        raise ValueError
+    if not math.isfinite(value):
+        raise ValueError
+    return kind(value)
+
+
+def _sources(name: str, value: object) -> tuple[SourceConfig, ...]:
+    entries = value if isinstance(value, list | tuple) else [value] if value else []
+    made = []
+    for entry in entries:
+        if isinstance(entry, str):
+            made.append(SourceConfig(files=entry))
+        elif isinstance(entry, dict):
+            made.append(_build(SourceConfig, entry, name))
+        else:
+            raise InputError(f"{name}: {entry!r} is neither a glob nor {{files: GLOB, weight: W}}")
+    return tuple(made)
+
+
+def _convert(name: str, value: object, annotation: object) -> object:
+    """One YAML value to the type that its field declares."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else ()
+    if value is None or value == "":
+        if type(None) in options:
+            return None
+        if annotation is str:
+            return ""
+    kind = next((o for o in options if o is not type(None)), annotation)
+    if kind == tuple[SourceConfig, ...]:
+        return _sources(name, value)
+    try:
+        if kind in (int, float):
+            return _number(value, kind)
+        if kind is bool and isinstance(value, bool):
+            return value
+        if kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+            return str(value)
+    except (ValueError, OverflowError):
+        pass
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    raise InputError(f"{name}={value!r} must be {wanted}")
+
+
+def _build(cls: type, values: object, prefix: str) -> typing.Any:
+    """A dataclass from a mapping; unknown keys and wrong types are named with their full path."""
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise InputError(f"{prefix or 'config'}: {values!r} must be a section with keys")
+    hints = typing.get_type_hints(cls)
+    made = {}
+    for key, value in values.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if key not in hints:
+            raise InputError(f"unknown config key {name}{_nearest(str(key), hints)}")
+        if dataclasses.is_dataclass(hints[key]):
+            made[key] = _build(hints[key], value, name)
+        else:
+            made[key] = _convert(name, value, hints[key])
+    if cls is ModelConfig:
+        preset = made.get("preset", "")
+        check_choice("model.preset", preset, ("", *PRESETS))
+        made = {**PRESETS.get(preset, {}), **made}
+    return cls(**made)
+
+
+def from_dict(values: dict) -> Config:
+    """A Config from nested dictionaries, as YAML gives them.
+
+    Raises:
+      InputError: for an unknown key (with the nearest valid one), a wrong type or a bad value.
+    """
+    return _build(Config, values, "")
+
+
+def to_dict(config: typing.Any) -> dict:
+    """The nested dictionary that from_dict turns back into an equal Config."""
+    plain = dataclasses.asdict(config)
+    if isinstance(config, Config):
+        for key in ("train", "validation"):
+            plain["data"][key] = [dict(source) for source in plain["data"][key]]
+    return plain
+
+
+def apply_overrides(values: dict, overrides: typing.Sequence[str]) -> dict:
+    """The same nested dictionary with `section.key=value` texts laid over it."""
+    merged = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    for text in overrides:
+        name, equals, raw = text.partition("=")
+        section, dot, key = name.partition(".")
+        if not (equals and dot and section and key):
+            raise InputError(f"override {text!r} must look like section.key=value")
+        try:
+            value = yaml.safe_load(raw)
+        except yaml.YAMLError:
+            value = raw
+        target = merged.get(section)
+        if not isinstance(target, dict):
+            target = merged[section] = {}
+        target[key] = value
+    return merged
+
+
+def read_yaml(path: str | pathlib.Path) -> dict:
+    """A YAML file as a dictionary; every failure is an InputError that names the file."""
+    path = pathlib.Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"config {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" line {where.line + 1}" if where else ""
+        raise InputError(f"config {path}{line} is not YAML") from None
+    if not isinstance(values, dict):
+        raise InputError(f"config {path} must hold sections such as model: and training:")
+    return values
+
+
+def load(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML config, lay overrides over it and check the whole.
+
+    Args:
+      path: the YAML file.
+      overrides: texts such as `mesh.expert=4`.
+    Raises:
+      InputError: with one line that names the value and what was expected.
+    """
+    values = apply_overrides(read_yaml(path), overrides)
+    config = from_dict(values)
+    if config.run.dir:
+        return config
+    folder = f"runs/{pathlib.Path(path).stem}"
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder))
+
+
+def save(config: Config, path: str | pathlib.Path) -> None:
+    """Write a config as YAML that `load` reads back as an equal one."""
+    text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    pathlib.Path(path).write_text(text, encoding="utf-8")

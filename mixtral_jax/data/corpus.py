@@ -1,0 +1,128 @@
+"""Which documents a run trains on, and which it holds out.
+
+Every choice of documents is made by hashing their numbers, so that it is the same on every host,
+machine and version of every library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mixtral_jax.config import Config, InputError
+from mixtral_jax.data.sources import Documents, MalformedReport, open_sources
+
+HOLD_OUT, SPREAD = 1, 2  # salts, so that the choices do not follow one another
+
+
+def hash64(numbers_N: np.ndarray, *salts: int) -> np.ndarray:
+    """A uint64 hash of each number, another one for other salts.
+
+    Source: SplitMix64, the output function of Steele, Lea and Flood (OOPSLA 2014), once for the
+    numbers and once for each salt.
+    """
+    z_N = _split_mix(np.asarray(numbers_N).astype(np.uint64))
+    for salt in salts:
+        z_N = _split_mix(z_N ^ np.uint64(salt % 2**64))
+    return z_N
+
+
+def _split_mix(x_N: np.ndarray) -> np.ndarray:
+    z_N = x_N + np.uint64(0x9E3779B97F4A7C15)
+    z_N = (z_N ^ (z_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z_N = (z_N ^ (z_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z_N ^ (z_N >> np.uint64(31))
+
+
+def shuffled(numbers_N: np.ndarray, *salts: int) -> np.ndarray:
+    """The numbers in the order of their hashes."""
+    return numbers_N[np.argsort(hash64(numbers_N, *salts), kind="stable")]
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some of the documents, a random-access source: subset[i] is documents[numbers_N[i]]."""
+
+    documents: Documents
+    numbers_N: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.numbers_N)
+
+    def __getitem__(self, index: int) -> str | None:
+        return self.documents[int(self.numbers_N[index])]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of a config, split."""
+
+    train: tuple[Subset, ...]
+    """What is trained on, one subset a source."""
+    weights: tuple[float, ...]
+    """How often to draw from each source, relative to the others."""
+    held_out: Subset
+    """What is never trained on, in a spread-out order; maybe nothing."""
+    malformed: MalformedReport
+
+    def training_texts(self) -> Iterator[str]:
+        """Every readable document that is trained on, once, in a spread-out order."""
+        numbers_N = np.concatenate([subset.numbers_N for subset in self.train])
+        documents = self.train[0].documents
+        for number in shuffled(numbers_N, SPREAD):
+            if text := documents[int(number)]:
+                yield text
+
+    def require_text(self) -> None:
+        """Check that there is anything to train on.
+
+        Raises:
+          InputError: if every training document is empty or malformed.
+        """
+        if next(self.training_texts(), None) is None:
+            total = sum(map(len, self.train))
+            raise InputError(
+                f"data.train: none of the {total} documents holds text; {self.malformed}"
+            )
+
+
+def open_corpus(config: Config) -> Corpus:
+    """Index the files of data.train and data.validation.
+
+    Without data.validation, a document of data.train is held out if the hash of its number, as a
+    fraction of 2**64, is below data.validation_fraction. Files that data.validation names are not
+    trained on, and a file that several globs name belongs to the first of them.
+
+    Raises:
+      InputError: if there is nothing to train on or a file cannot be indexed.
+    """
+    data = config.data
+    if data.source != "files":
+        raise InputError(f"data.source={data.source} has no text: set data.source=files")
+    if not data.train:
+        raise InputError("data.train is empty: name your files, such as data.train=texts/**/*.txt")
+    malformed = MalformedReport(fatal=data.malformed == "error")
+    taken: set[str] = set()
+    if data.validation:
+        validation, _ = open_sources("data.validation", data.validation, malformed, taken)
+    documents, sizes = open_sources("data.train", data.train, malformed, taken)
+    numbers_N = np.arange(len(documents))
+    if data.validation:
+        out_N = np.zeros(len(documents), bool)
+        held_out = Subset(validation, shuffled(np.arange(len(validation)), SPREAD))
+    else:
+        out_N = hash64(numbers_N, HOLD_OUT) / 2.0**64 < data.validation_fraction
+        held_out = Subset(documents, shuffled(numbers_N[out_N], SPREAD))
+    train = []
+    for source, end, size in zip(data.train, np.cumsum(sizes), sizes, strict=True):
+        mine = slice(end - size, end)
+        train.append(Subset(documents, numbers_N[mine][~out_N[mine]]))
+        if not len(train[-1]):
+            raise InputError(
+                f"data.train: all {size} documents of {source.files} are held out by data."
+                f"validation_fraction={data.validation_fraction}: name data.validation instead"
+            )
+    weights = tuple(source.weight for source in data.train)
+    return Corpus(tuple(train), weights, held_out, malformed)

@@ -1,0 +1,237 @@
+"""Text to token ids and back, and making a tokenizer from text. SentencePiece inside."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import sentencepiece
+
+from mixtral_jax.config import Config, InputError
+from mixtral_jax.data.corpus import Corpus, open_corpus
+
+SAMPLE_BYTES = 10_000_000
+LINE_CHARACTERS = 1000  # SentencePiece silently drops lines above 4192 bytes
+
+
+class Tokenizer:
+    """A SentencePiece model with the BOS and EOS that training and sampling put around text."""
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor):
+        self._processor = processor
+        self.vocab_size: int = processor.vocab_size()
+        self.bos_id: int = processor.bos_id()
+        self.eos_id: int = processor.eos_id()
+
+    @classmethod
+    def from_bytes(cls, model_bytes: bytes, name: str = "the tokenizer") -> Tokenizer:
+        """The tokenizer of a serialised SentencePiece model, which errors call `name`.
+
+        Raises:
+          InputError: if it is none, or has no BOS or EOS.
+        """
+        processor = sentencepiece.SentencePieceProcessor()
+        try:
+            processor.LoadFromSerializedProto(model_bytes)
+        except RuntimeError:
+            raise InputError(
+                f"{name} is not a SentencePiece model ({len(model_bytes)} bytes): name a "
+                "tokenizer.model, or write data.tokenizer=train"
+            ) from None
+        if processor.bos_id() < 0 or processor.eos_id() < 0:
+            raise InputError(f"{name} has no BOS or no EOS: train it with bos_id=1, eos_id=2")
+        return cls(processor)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike) -> Tokenizer:
+        """The tokenizer in a SentencePiece model file.
+
+        Raises:
+          InputError: naming a file that is missing, unreadable or something else.
+        """
+        try:
+            model_bytes = pathlib.Path(path).read_bytes()
+        except OSError as error:
+            raise InputError(f"tokenizer {path} cannot be read: {error.strerror}") from None
+        return cls.from_bytes(model_bytes, f"tokenizer {path}")
+
+    @property
+    def model_bytes(self) -> bytes:
+        """The serialised model, from which from_bytes makes an equal tokenizer."""
+        return self._processor.serialized_model_proto()
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a file for from_file: whole or not at all.
+
+        Raises:
+          InputError: if it cannot be written.
+        """
+        path = pathlib.Path(path)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(self.model_bytes)
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise InputError(f"tokenizer {path} cannot be written: {error.strerror}") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without BOS and EOS. No text becomes a control id: "</s>" is four letters.
+
+        decode(encode(text)) == text where the model normalises nothing, as Mistral's and those of
+        train_tokenizer, except that U+2581, which spells a space inside pieces, comes back as one.
+
+        Raises:
+          InputError: if the text holds half a surrogate pair.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"text is not Unicode at character {error.start}") from None
+        return self._processor.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; control ids are nothing, and bytes that are no character are U+FFFD each."""
+        return self._processor.decode([int(i) for i in ids])
+
+    def byte(self, token: int) -> bytes:
+        """The byte that a byte-fallback id stands for, and b"" for other ids."""
+        if not self._processor.is_byte(int(token)):
+            return b""
+        return bytes([int(self._processor.id_to_piece(int(token))[1:-1], 16)])
+
+
+class StreamDecoder:
+    """Decodes ids one at a time: the parts from push and flush join to tokenizer.decode(ids)."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._before: list[int] = []  # the first ids, up to some text: then spaces are kept
+        self._waiting: list[int] = []  # bytes of a character that is not whole yet
+
+    def push(self, token: int) -> str:
+        """Take one more id; return the text that is certain now, never part of a character."""
+        self._waiting.append(int(token))
+        tail = b"".join(self._tokenizer.byte(i) for i in self._waiting[-3:])
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(tail)
+        begun = len(decoder.getstate()[0]) if self._tokenizer.byte(token) else 0
+        return self._take(len(self._waiting) - begun)
+
+    def flush(self) -> str:
+        """End the text: return what waits for bytes that will not come, as U+FFFD."""
+        return self._take(len(self._waiting))
+
+    def _take(self, count: int) -> str:
+        ids, self._waiting = self._waiting[:count], self._waiting[count:]
+        before = self._tokenizer.decode(self._before)
+        text = self._tokenizer.decode(self._before + ids)[len(before) :]
+        if not before:
+            self._before += ids
+        return text
+
+
+# ---- making one --------------------------------------------------------------------------------
+
+
+def sample(documents: Iterable[str], size: int = SAMPLE_BYTES) -> Iterator[str]:
+    """The first documents, up to `size` bytes of UTF-8 in all; the last is cut to fit."""
+    for text in documents:
+        encoded = text.encode()
+        yield text if len(encoded) <= size else encoded[:size].decode(errors="ignore")
+        size -= len(encoded)
+        if size <= 0:
+            return
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A BPE tokenizer of vocab_size pieces, made from a sample of the documents.
+
+    Like Mistral's: ids unk 0, bos 1, eos 2, then 256 bytes for what no piece spells; digits stand
+    alone; nothing is normalised. The same documents make the same tokenizer.
+
+    Raises:
+      InputError: if the documents are too few for vocab_size, or vocab_size is too small for them.
+    """
+    model = io.BytesIO()
+    lines = list(_lines(sample(documents)))  # here, so that errors in reading keep their type
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            add_dummy_prefix=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=os.cpu_count() or 1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _training_error(vocab_size, str(error)) from None
+    return Tokenizer.from_bytes(model.getvalue())
+
+
+def _lines(documents: Iterable[str]) -> Iterator[str]:
+    """Lines short enough for SentencePiece, which also drops those with U+2585, its unknown."""
+    for text in documents:
+        for line in text.replace("\u2585", "\n").splitlines():
+            for start in range(0, len(line), LINE_CHARACTERS):
+                yield line[start : start + LINE_CHARACTERS]
+
+
+def _training_error(vocab_size: int, reason: str) -> InputError:
+    name = f"model.vocab_size={vocab_size}"
+    if most := re.search(r"too high.* <= (\d+)", reason):
+        return InputError(f"{name} is more than the text supports: set at most {most[1]}")
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", reason):
+        return InputError(
+            f"{name} is too few for the characters of the text: set {least[1]} or more"
+        )
+    if "sentences_.empty()" in reason:
+        return InputError("data.train holds no text to train a tokenizer on")
+    return InputError(f"{name}: SentencePiece cannot train: {reason.splitlines()[0]}")
+
+
+# ---- the tokenizer of a run --------------------------------------------------------------------
+
+
+def load_tokenizer(
+    config: Config, cached: str | os.PathLike | None = None, corpus: Corpus | None = None
+) -> Tokenizer:
+    """The tokenizer that data.tokenizer names.
+
+    For data.tokenizer=train that is the file `cached` if it exists, and otherwise a new one made
+    from the training documents; writing it to `cached` is left to the caller.
+
+    Args:
+      corpus: open_corpus(config), where it is at hand.
+    Raises:
+      InputError: if there is none, or model.vocab_size is not its number of pieces.
+    """
+    wanted = config.model.vocab_size
+    name = config.data.tokenizer
+    if not name:
+        raise InputError("data.tokenizer is empty: name a tokenizer.model, or write train")
+    if name == "train" and (cached is None or not os.path.exists(cached)):
+        return train_tokenizer((corpus or open_corpus(config)).training_texts(), wanted)
+    path = cached if name == "train" else name
+    tokenizer = Tokenizer.from_file(path)
+    if tokenizer.vocab_size != wanted:
+        raise InputError(
+            f"tokenizer {path} has {tokenizer.vocab_size} pieces and model.vocab_size={wanted}: "
+            f"set model.vocab_size={tokenizer.vocab_size}"
+        )
+    return tokenizer

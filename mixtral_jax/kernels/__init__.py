@@ -1,0 +1,30 @@
+"""Arrays in, arrays out: no modules, no config. Each kernel picks its platform's best body."""
+
+import jax
+
+
+def platform() -> str:
+    """'cpu', 'gpu' or 'tpu': that of the mesh in use, else of the default backend.
+
+    The mesh decides so that a program compiled ahead of time for a TPU gets the TPU's kernels on a
+    host that has none.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = device.platform if device is not None else jax.default_backend()
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+
+
+def vary_like(x: jax.Array, *others: jax.Array) -> jax.Array:
+    """x, marked inside shard_map as differing over every mesh axis that the others differ over.
+
+    Its transpose sums the gradient over the axes that were added: what an operand shared by several
+    devices needs before it meets a custom_vjp, which must return gradients typed like its operands.
+    """
+    wanted = frozenset().union(*(_varying(other) for other in others))
+    missing = tuple(wanted - _varying(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    """The manual mesh axes that x differs over, by its type."""
+    return jax.typeof(x).manual_axis_type.varying

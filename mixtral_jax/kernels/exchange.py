@@ -1,0 +1,236 @@
+"""Rows to the devices that own their experts, and back.
+
+Called inside shard_map, where each device holds rows for all E experts and owns e = E / X of them,
+X being the devices along the expert axis. `plan` lays out a send buffer in which the rows of one
+expert lie together; `send` delivers each row to its expert's owner, where rows arrive sorted by
+local expert, ready for a grouped matmul; `send_back` returns results to the rows' places in the
+send buffer. Three bodies, one meaning:
+
+  local   X = 1: nothing moves.
+  padded  jax.lax.all_to_all of X equal buckets, each large enough for the worst case; any platform.
+  ragged  jax.lax.ragged_all_to_all of just the rows in use; TPU and GPU.
+
+No body ever drops a row: buffers hold the worst case. Dropping, where a capacity asks for it, has
+happened before, in the choice of rows to send.
+
+Everything that moves rows within a device is a segment map: P runs of consecutive rows with a start
+in one buffer, a start in another and a length.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mixtral_jax.kernels import platform, vary_like
+
+IMPLEMENTATIONS = ("local", "padded", "ragged")
+PLATFORMS = {
+    "local": ("cpu", "gpu", "tpu"),
+    "padded": ("cpu", "gpu", "tpu"),
+    "ragged": ("gpu", "tpu"),
+}
+
+
+def resolve(implementation: str | None, expert_shards: int) -> str:
+    """The body to use: the one asked for, or the platform's best.
+
+    Raises:
+      ValueError: if the one asked for cannot run on this platform or mesh.
+    """
+    here = platform()
+    if not implementation:
+        if expert_shards == 1:
+            return "local"
+        return "padded" if here == "cpu" else "ragged"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"exchange={implementation!r} is not one of {IMPLEMENTATIONS}")
+    if here not in PLATFORMS[implementation]:
+        raise ValueError(
+            f"exchange={implementation} does not run on {here} (only on "
+            f"{' and '.join(PLATFORMS[implementation])}): use padded, or leave it empty"
+        )
+    if implementation == "local" and expert_shards > 1:
+        raise ValueError(
+            f"exchange=local cannot reach experts on {expert_shards} devices: use padded or ragged"
+        )
+    return implementation
+
+
+# ---- moving rows within a device ---------------------------------------------------------------
+
+
+def segment_map(to_starts_P, from_starts_P, sizes_P, num_rows: int, missing: int) -> jax.Array:
+    """For each of num_rows destination rows, the row it comes from, or `missing` if none.
+
+    Segment p fills destination rows to_starts[p] .. to_starts[p] + sizes[p] from from_starts[p]
+    on. Segments do not overlap and need no order; empty ones are fine.
+    """
+    rows_R1 = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
+    to_1P, from_1P, sizes_1P = (a[None, :] for a in (to_starts_P, from_starts_P, sizes_P))
+    inside_RP = (rows_R1 >= to_1P) & (rows_R1 < to_1P + sizes_1P)
+    shift_R = jnp.sum(jnp.where(inside_RP, from_1P - to_1P, 0), axis=1)
+    return jnp.where(inside_RP.any(axis=1), rows_R1[:, 0] + shift_R, missing).astype(jnp.int32)
+
+
+@jax.custom_vjp
+def take_rows(x_SD: jax.Array, index_R: jax.Array, inverse_CS: jax.Array) -> jax.Array:
+    """out[r] = x[index[r]], or zeros where index[r] is S.
+
+    The gradient is a gather too, never a scatter: inverse_CS names, for each row s of x, the at
+    most C places r with index[r] = s (R where there is none).
+    """
+    return x_SD.at[index_R].get(mode="fill", fill_value=0)
+
+
+def _take_rows_forward(x_SD, index_R, inverse_CS):
+    return take_rows(x_SD, index_R, inverse_CS), inverse_CS
+
+
+def _take_rows_backward(inverse_CS, g_RD):
+    parts_CSD = g_RD.at[inverse_CS].get(mode="fill", fill_value=0)
+    return parts_CSD.sum(axis=0), None, None
+
+
+take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+
+
+def _starts(sizes, axis: int = -1):
+    """Where each run begins when runs lie one after another."""
+    return jnp.cumsum(sizes, axis=axis) - sizes
+
+
+# ---- the exchange ------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """Where the rows of one exchange lie, here and on the other devices."""
+
+    offsets_E: jax.Array
+    """First row of each expert's rows in the send buffer."""
+    group_sizes_e: jax.Array
+    """Rows received for each local expert."""
+    sort_index_R: jax.Array | None
+    """For each row sorted by local expert, its place in the receive buffer."""
+    sort_inverse_R: jax.Array | None
+    """For each place in the receive buffer, its row sorted by local expert."""
+    sizes_XX: jax.Array | None
+    """Rows that device s sends to device d, at [s, d]; only for ragged."""
+
+
+class Exchange(NamedTuple):
+    """What an exchange is, apart from its data: all static. Made by `make`."""
+
+    implementation: str
+    """local, padded or ragged."""
+    axis: str
+    """The mesh axis that experts are spread over."""
+    shards: int
+    """Devices along it (X)."""
+    bucket_rows: int
+    """The most rows that one device can send to one device."""
+    send_rows: int
+    """Rows of the send buffer."""
+    receive_rows: int
+    """Rows of the receive buffer: the worst case, so that nothing can overflow."""
+
+
+def make(
+    implementation: str,
+    axis: str,
+    shards: int,
+    *,
+    tokens: int,
+    experts: int,
+    per_token: int,
+    capacity: int | None = None,
+) -> Exchange:
+    """Size the buffers of an exchange.
+
+    Args:
+      implementation: a resolved name.
+      axis: mesh axis of the experts; shards: devices along it, which divides experts.
+      tokens: tokens on this device; each goes to per_token distinct experts.
+      capacity: the most rows that this device sends to one expert; None is unbounded.
+    """
+    per_expert = tokens if capacity is None else min(capacity, tokens)
+    local = experts // shards
+    total = min(tokens * per_token, experts * per_expert)
+    if implementation == "local":
+        return Exchange(implementation, axis, shards, total, total, total)
+    bucket = min(tokens * min(per_token, local), local * per_expert)
+    send = shards * bucket if implementation == "padded" else total
+    return Exchange(implementation, axis, shards, bucket, send, shards * bucket)
+
+
+def plan(exchange: Exchange, counts_E: jax.Array) -> Plan:
+    """Lay out one exchange of counts_E (int32) rows from this device to each expert."""
+    if exchange.implementation == "local":
+        return Plan(_starts(counts_E), counts_E, None, None, None)
+    shards, num_local = exchange.shards, counts_E.shape[0] // exchange.shards
+    me = lax.axis_index(exchange.axis)
+    counts_XXe = lax.all_gather(counts_E, exchange.axis).reshape(shards, shards, num_local)
+    received_Xe = lax.dynamic_index_in_dim(counts_XXe, me, axis=1, keepdims=False)
+    sizes_XX = counts_XXe.sum(axis=2)
+
+    # Rows arrive by source, and by local expert within a source; they leave sorted by expert.
+    if exchange.implementation == "padded":
+        bucket = jnp.arange(shards, dtype=jnp.int32)[:, None] * exchange.bucket_rows
+        arrive_Xe = bucket + _starts(received_Xe)
+        offsets_E = (bucket + _starts(counts_E.reshape(shards, num_local))).reshape(-1)
+    else:
+        arrive_Xe = _starts(received_Xe.reshape(-1)).reshape(shards, num_local)
+        offsets_E = _starts(counts_E)
+    sorted_Xe = _starts(received_Xe.T.reshape(-1)).reshape(num_local, shards).T
+
+    runs = (sorted_Xe.reshape(-1), arrive_Xe.reshape(-1), received_Xe.reshape(-1))
+    num_rows = exchange.receive_rows
+    sort_index_R = segment_map(*runs, num_rows, num_rows)
+    sort_inverse_R = segment_map(runs[1], runs[0], runs[2], num_rows, num_rows)
+    group_sizes_e = received_Xe.sum(axis=0)
+    return Plan(offsets_E, group_sizes_e, sort_index_R, sort_inverse_R, sizes_XX)
+
+
+def _all_to_all(exchange: Exchange, rows_RD):
+    buckets_XRD = rows_RD.reshape(exchange.shards, exchange.bucket_rows, -1)
+    out = lax.all_to_all(buckets_XRD, exchange.axis, split_axis=0, concat_axis=0)
+    return out.reshape(rows_RD.shape)
+
+
+def _ragged_all_to_all(exchange: Exchange, rows_RD, sizes_XX, num_rows: int):
+    """Send sizes_XX[me, d] consecutive rows to each d; they arrive in order of their sources."""
+    me = lax.axis_index(exchange.axis)
+    send_X = lax.dynamic_index_in_dim(sizes_XX, me, axis=0, keepdims=False)
+    receive_X = lax.dynamic_index_in_dim(sizes_XX, me, axis=1, keepdims=False)
+    land_X = lax.dynamic_index_in_dim(_starts(sizes_XX, axis=0), me, axis=0, keepdims=False)
+    out_RD = vary_like(jnp.zeros((num_rows, rows_RD.shape[1]), rows_RD.dtype), rows_RD)
+    return lax.ragged_all_to_all(
+        rows_RD, out_RD, _starts(send_X), send_X, land_X, receive_X, axis_name=exchange.axis
+    )
+
+
+def send(exchange: Exchange, plan: Plan, rows_SD: jax.Array) -> jax.Array:
+    """Deliver the send buffer; the rows received come sorted by local expert.
+
+    Rows past sum(plan.group_sizes_e) are zeros.
+    """
+    if exchange.implementation == "local":
+        return rows_SD
+    if exchange.implementation == "padded":
+        received_RD = _all_to_all(exchange, rows_SD)
+    else:
+        received_RD = _ragged_all_to_all(exchange, rows_SD, plan.sizes_XX, exchange.receive_rows)
+    return take_rows(received_RD, plan.sort_index_R, plan.sort_inverse_R[None])
+
+
+def send_back(exchange: Exchange, plan: Plan, rows_RD: jax.Array) -> jax.Array:
+    """The reverse of `send`: results return to their rows' places in the send buffer."""
+    if exchange.implementation == "local":
+        return rows_RD
+    unsorted_RD = take_rows(rows_RD, plan.sort_inverse_R, plan.sort_index_R[None])
+    if exchange.implementation == "padded":
+        return _all_to_all(exchange, unsorted_RD)
+    return _ragged_all_to_all(exchange, unsorted_RD, plan.sizes_XX.T, exchange.send_rows)

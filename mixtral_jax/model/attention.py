@@ -1,0 +1,70 @@
+"""Grouped-query attention, with and without a key-value cache."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from mixtral_jax import sharding
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.kernels.attention import attention, causal_mask
+from mixtral_jax.model.cache import LayerCache
+from mixtral_jax.model.layers import matrix, rotary_angles, rotate
+
+
+class Attention(nnx.Module):
+    """Kv head k serves query heads kG .. kG + G - 1, kept together: wq_DKGH."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        width, head = config.hidden_size, config.head_size
+        kv_heads = config.num_key_value_heads
+        groups = config.num_attention_heads // kv_heads
+        keys = jax.random.split(key, 4)
+        make = partial(matrix, scale=config.initializer_range, dtype=config.param_dtype)
+        self.wq_DKGH = make(
+            keys[0], (width, kv_heads, groups, head), ("model", "heads", None, None)
+        )
+        self.wk_DKH = make(keys[1], (width, kv_heads, head), ("model", "heads", None))
+        self.wv_DKH = make(keys[2], (width, kv_heads, head), ("model", "heads", None))
+        self.wo_KGHD = make(
+            keys[3], (kv_heads, groups, head, width), ("heads", None, None, "model")
+        )
+        self.config = config
+
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        positions_BL: jax.Array,
+        segments_BL: jax.Array,
+        cache: LayerCache | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Attend within each segment, or, given a cache, to all that it holds up to each position.
+
+        With a cache, each row's positions are consecutive; keys and values are written there.
+        """
+        dtype, config = x_BLD.dtype, self.config
+        wq, wk, wv = (
+            sharding.shard(w[...].astype(dtype), None, "heads", *[None] * (w[...].ndim - 2))
+            for w in (self.wq_DKGH, self.wk_DKH, self.wv_DKH)
+        )
+        wo = sharding.shard(self.wo_KGHD[...].astype(dtype), "heads", None, None, None)
+        angles = rotary_angles(positions_BL, config.head_size, config.rope_theta)
+        q_BLKGH = rotate(jnp.einsum("BLD,DKGH->BLKGH", x_BLD, wq), angles)
+        k_BLKH = rotate(jnp.einsum("BLD,DKH->BLKH", x_BLD, wk), angles)
+        v_BLKH = jnp.einsum("BLD,DKH->BLKH", x_BLD, wv)
+        if cache is None:
+            allowed = causal_mask(positions_BL, positions_BL, segments_BL, segments_BL)
+        else:
+            cache = cache.write(k_BLKH, v_BLKH, positions_BL[:, 0])
+            k_BLKH, v_BLKH = cache.k_BSKH.astype(dtype), cache.v_BSKH.astype(dtype)
+            slots_1S = jnp.arange(k_BLKH.shape[1], dtype=jnp.int32)[None]
+            allowed = causal_mask(positions_BL, slots_1S)
+        out_BLKGH = attention(q_BLKGH, k_BLKH, v_BLKH, allowed)
+        out_BLD = jnp.einsum(
+            "BLKGH,KGHD->BLD", out_BLKGH, wo, out_sharding=sharding.spec("batch", None, None)
+        )
+        return checkpoint_name(out_BLD, "attention_out"), cache

@@ -1,0 +1,53 @@
+"""The small layers: parameters, RMSNorm and rotary position embedding."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def matrix(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    logical_axes: tuple[str | None, ...],
+    scale: float,
+    dtype: str,
+) -> nnx.Param:
+    """A normally distributed parameter that knows the logical axis of each of its dimensions."""
+    value = scale * jax.random.normal(key, shape, jnp.float32)
+    return nnx.Param(value.astype(dtype), logical_axes=logical_axes)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps), computed in float32, cast back, then times a weight."""
+
+    def __init__(self, width: int, eps: float, dtype: str):
+        self.weight = nnx.Param(jnp.ones((width,), dtype), logical_axes=(None,))
+        self.eps = eps
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        wide = x_BLD.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        normed = (wide * scale).astype(x_BLD.dtype)
+        return normed * self.weight[...].astype(x_BLD.dtype)[None, None, :]
+
+
+def rotary_angles(positions_BL: jax.Array, head_size: int, theta: float) -> jax.Array:
+    """angles_BLh = position * theta^(-2i / H) for i < h = H / 2, in float32."""
+    exponents_h = jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size
+    return positions_BL[:, :, None].astype(jnp.float32) * (theta**-exponents_h)[None, None, :]
+
+
+def rotate(x_BLNH: jax.Array, angles_BLh: jax.Array) -> jax.Array:
+    """Rotary embedding in the half-rotation convention: dimension i turns with i + H / 2.
+
+    The convention of Hugging Face's Mixtral weights; Mistral's own files interleave the pairs.
+    Any number of head dimensions may stand between L and H.
+    """
+    heads = tuple(range(2, x_BLNH.ndim - 1))
+    cos = jnp.expand_dims(jnp.cos(angles_BLh), heads)
+    sin = jnp.expand_dims(jnp.sin(angles_BLh), heads)
+    first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BLNH.dtype)

@@ -1,0 +1,181 @@
+"""The network: blocks, the scan over them, and initialisation straight onto a mesh."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mixtral_jax import sharding
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.kernels import platform
+from mixtral_jax.model.attention import Attention
+from mixtral_jax.model.cache import LayerCache
+from mixtral_jax.model.layers import RMSNorm, matrix
+from mixtral_jax.model.moe import MoE
+from mixtral_jax.model.router import RoutingStatistics
+
+_policies = jax.checkpoint_policies
+REMAT = {
+    "full": _policies.nothing_saveable,
+    "attention_out": _policies.save_only_these_names("attention_out"),
+    "matmuls": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_only_these_names("expert_matmul", "attention_out"),
+    ),
+}
+
+
+class Forward(NamedTuple):
+    """What one pass gives."""
+
+    logits_BLV: jax.Array
+    """float32."""
+    statistics: RoutingStatistics
+    """Of every layer: a layer dimension in front."""
+    cache: LayerCache | None
+
+
+class Block(nnx.Module):
+    """Pre-norm: h = x + attention(norm(x)); out = h + moe(norm(h))."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        attention_key, moe_key = jax.random.split(key)
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, config.param_dtype)
+        self.attention_norm = norm()
+        self.attention = Attention(config, attention_key)
+        self.moe_norm = norm()
+        self.moe = MoE(config, moe_key)
+
+    def __call__(self, x_BLD, positions_BL, segments_BL, cache: LayerCache | None):
+        with jax.named_scope("attention"):
+            out_BLD, cache = self.attention(
+                self.attention_norm(x_BLD), positions_BL, segments_BL, cache
+            )
+            x_BLD = x_BLD + out_BLD
+        with jax.named_scope("moe"):
+            out_BLD, statistics = self.moe(self.moe_norm(x_BLD), segments_BL > 0)
+        return x_BLD + out_BLD, statistics, cache
+
+
+def _stacked_blocks(config: ModelConfig, key: jax.Array) -> Block:
+    """One Block whose parameters have a leading layer dimension."""
+
+    def make(layer_key):
+        return nnx.split(Block(config, layer_key))
+
+    graphdef, _ = nnx.eval_shape(lambda: make(key))
+    state = jax.vmap(lambda k: make(k)[1])(jax.random.split(key, config.num_hidden_layers))
+    for _, param in nnx.to_flat_state(state):
+        param.set_metadata(logical_axes=("layers", *param.get_metadata("logical_axes")))
+    return nnx.merge(graphdef, state)
+
+
+class Mixtral(nnx.Module):
+    """Decoder-only transformer with sparse experts. Paper: arXiv 2401.04088.
+
+    Runs inside `with jax.set_mesh(mesh):`. The batch must split over the mesh's data, fsdp and
+    expert axes.
+    """
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        embed_key, layers_key, head_key = jax.random.split(key, 3)
+        make = partial(matrix, scale=config.initializer_range, dtype=config.param_dtype)
+        size = (config.vocab_size, config.hidden_size)
+        self.embedding_VD = make(embed_key, size, ("vocabulary", "model"))
+        self.layers = _stacked_blocks(config, layers_key)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.param_dtype)
+        self.head_DV = make(head_key, size[::-1], ("model", "vocabulary"))
+        self.config = config
+
+    def __call__(
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array | None = None,
+        segments_BL: jax.Array | None = None,
+    ) -> jax.Array:
+        """float32 logits_BLV of the token after each; see `forward`."""
+        return self.forward(tokens_BL, positions_BL, segments_BL).logits_BLV
+
+    def forward(
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array | None = None,
+        segments_BL: jax.Array | None = None,
+        cache: LayerCache | None = None,
+        logits_at_B: jax.Array | None = None,
+    ) -> Forward:
+        """One pass.
+
+        Args:
+          tokens_BL: int32 ids.
+          positions_BL: place of each token in its document; default 0, 1, 2, ...
+          segments_BL: number of each token's document, from 1; 0 is padding. Attention stays
+            within a document. Default: one document a row.
+          cache: keys and values so far, written to at positions_BL.
+          logits_at_B: if given, compute logits only at this index of each row (L becomes 1).
+        """
+        if positions_BL is None:
+            positions_BL = jnp.zeros_like(tokens_BL) + jnp.arange(tokens_BL.shape[1])[None]
+        if segments_BL is None:
+            segments_BL = jnp.ones_like(tokens_BL)
+        x_BLD = self._embed(tokens_BL)
+        x_BLD, statistics, cache = self._run_layers(x_BLD, positions_BL, segments_BL, cache)
+        if logits_at_B is not None:
+            here_BL = jnp.arange(x_BLD.shape[1])[None] == logits_at_B[:, None]
+            x_BLD = jnp.einsum("BL,BLD->BD", here_BL.astype(x_BLD.dtype), x_BLD)[:, None]
+        with jax.named_scope("head"):
+            head_DV = sharding.shard(self.head_DV[...].astype(x_BLD.dtype), None, "vocabulary")
+            logits_BLV = jnp.einsum(
+                "BLD,DV->BLV", self.norm(x_BLD), head_DV, preferred_element_type=jnp.float32
+            )
+        return Forward(logits_BLV, statistics, cache)
+
+    def _embed(self, tokens_BL):
+        dtype = compute_dtype(self.config)
+        table_VD = sharding.shard(self.embedding_VD[...].astype(dtype), None, None)
+        return table_VD.at[tokens_BL].get(out_sharding=sharding.spec("batch", None, None))
+
+    def _run_layers(self, x_BLD, positions_BL, segments_BL, cache):
+        graphdef, stacked = nnx.split(self.layers)
+
+        def one_layer(x_BLD, layer):
+            state, layer_cache = layer
+            block = nnx.merge(graphdef, state)
+            x_BLD, statistics, layer_cache = block(x_BLD, positions_BL, segments_BL, layer_cache)
+            return x_BLD, (statistics, layer_cache)
+
+        if self.config.remat != "none":
+            one_layer = jax.checkpoint(
+                one_layer, policy=REMAT[self.config.remat], prevent_cse=not self.config.scan_layers
+            )
+        unroll = 1 if self.config.scan_layers else self.config.num_hidden_layers
+        x_BLD, (statistics, cache) = jax.lax.scan(one_layer, x_BLD, (stacked, cache), unroll=unroll)
+        return x_BLD, statistics, cache
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """The activations' type: the config's, or float32 on CPU and bfloat16 elsewhere."""
+    default = "float32" if platform() == "cpu" else "bfloat16"
+    return jnp.dtype(config.compute_dtype or default)
+
+
+def abstract_state(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's structure and its parameters' shapes, without making any array."""
+    model = nnx.eval_shape(lambda: Mixtral(config, jax.random.key(0)))
+    return nnx.split(model)
+
+
+def initialize(config: ModelConfig, key: jax.Array, mesh: jax.sharding.Mesh) -> Mixtral:
+    """A Mixtral with random weights, each made on the devices that own its slice.
+
+    The same key gives the same weights on every mesh.
+    """
+    graphdef, abstract = abstract_state(config)
+    shardings = sharding.param_shardings(abstract, mesh)
+    with jax.set_mesh(mesh):
+        make = jax.jit(lambda key: nnx.state(Mixtral(config, key)), out_shardings=shardings)
+        return nnx.merge(graphdef, make(key))

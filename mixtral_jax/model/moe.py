@@ -1,0 +1,171 @@
+"""The sparse mixture of experts: route, exchange, experts, exchange back, combine.
+
+One shard_map holds it all. With X devices along the expert axis, each owns e = E / X experts whole
+(their model dimension is gathered over fsdp for the occasion; their hidden dimension stays split
+over tensor), and the rows of tokens travel to them and back.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from mixtral_jax import sharding
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.kernels import exchange as exchanges
+from mixtral_jax.kernels.grouped_matmul import grouped_matmul
+from mixtral_jax.model.layers import matrix
+from mixtral_jax.model.router import RoutingStatistics, local_statistics, route
+
+
+class Dispatch(NamedTuple):
+    """Which token goes where in the send buffer; A = C * T assignments, best choices first."""
+
+    token_R: jax.Array
+    """For each row of the send buffer, its token; T where the row is empty."""
+    assignment_R: jax.Array
+    """For each row of the send buffer, its assignment; A where the row is empty."""
+    row_CT: jax.Array
+    """For each choice of each token, its row in the send buffer; R where dropped or padding."""
+
+
+def capacity_of(capacity_factor: float | None, tokens: int, per_token: int, experts: int):
+    """Rows that one device may send to one expert: ceil(factor * T * C / E); None if dropless."""
+    if capacity_factor is None:
+        return None
+    return math.ceil(capacity_factor * tokens * per_token / experts)
+
+
+def keep_rows(ids_TC: jax.Array, experts: int, capacity: int | None):
+    """Rank the assignments of each expert, and keep those below the capacity.
+
+    Assignments are ranked best choices first, then in the order of the tokens: when an expert is
+    over capacity, second choices are dropped before any first choice, later tokens before earlier.
+
+    Returns:
+      (order_A, rank_CT, chosen_E, kept_E): assignments stably sorted by expert, each one's rank
+      within its expert, and the rows that chose and that keep each expert.
+    """
+    ids_A = ids_TC.T.reshape(-1)
+    order_A = jnp.argsort(ids_A, stable=True).astype(jnp.int32)
+    position_A = jnp.argsort(order_A).astype(jnp.int32)
+    chosen_E = (ids_A[:, None] == jnp.arange(experts)[None, :]).sum(axis=0, dtype=jnp.int32)
+    starts_E = jnp.cumsum(chosen_E) - chosen_E
+    rank_A = position_A - starts_E.at[ids_A].get(mode="fill", fill_value=0)
+    kept_E = chosen_E if capacity is None else jnp.minimum(chosen_E, capacity)
+    return order_A, rank_A.reshape(ids_TC.T.shape), chosen_E, kept_E
+
+
+def dispatch_rows(ids_TC, order_A, rank_CT, chosen_E, kept_E, offsets_E, send_rows) -> Dispatch:
+    """Lay the kept assignments out in a send buffer where expert i's rows start at offsets[i]."""
+    tokens, assignments = ids_TC.shape[0], order_A.shape[0]
+    starts_E = jnp.cumsum(chosen_E) - chosen_E
+    sorted_R = exchanges.segment_map(offsets_E, starts_E, kept_E, send_rows, assignments)
+    assignment_R = order_A.at[sorted_R].get(mode="fill", fill_value=assignments)
+    token_R = jnp.where(assignment_R < assignments, assignment_R % tokens, tokens)
+    ids_CT = ids_TC.T
+    kept_CT = rank_CT < kept_E.at[ids_CT].get(mode="fill", fill_value=0)
+    row_CT = offsets_E.at[ids_CT].get(mode="fill", fill_value=0) + rank_CT
+    return Dispatch(token_R, assignment_R, jnp.where(kept_CT, row_CT, send_rows))
+
+
+class MoE(nnx.Module):
+    """Sparse SwiGLU experts: sum over the k chosen experts of weight * w2(silu(w1 x) * (w3 x))."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        experts, width, hidden = (
+            config.num_local_experts,
+            config.hidden_size,
+            config.intermediate_size,
+        )
+        keys = jax.random.split(key, 4)
+        make = partial(matrix, scale=config.initializer_range, dtype=config.param_dtype)
+        into = ("experts", "expert_model", "expert_hidden")
+        out_of = ("experts", "expert_hidden", "expert_model")
+        self.router_DE = make(keys[0], (width, experts), ("model", None))
+        self.gate_EDF = make(keys[1], (experts, width, hidden), into)
+        self.up_EDF = make(keys[2], (experts, width, hidden), into)
+        self.down_EFD = make(keys[3], (experts, hidden, width), out_of)
+        self.config = config
+
+    def __call__(self, x_BLD: jax.Array, real_BL: jax.Array) -> tuple[jax.Array, RoutingStatistics]:
+        """Args: activations, and a mask that is false for padding (no expert sees it).
+
+        Returns:
+          out_BLD (zeros where padding, and nothing from a dropped assignment: the weights of the
+          others stay as they are), and the statistics of the global batch.
+        """
+        shards = sharding.expert_shards()
+        name = exchanges.resolve(self.config.exchange, shards)
+        dtype = x_BLD.dtype
+        weights = [p[...].astype(dtype) for p in (self.gate_EDF, self.up_EDF, self.down_EFD)]
+        into = sharding.spec("experts", "expert_model", "expert_hidden")
+        out_of = sharding.spec("experts", "expert_hidden", "expert_model")
+        batch = sharding.spec("batch")
+        body = jax.shard_map(
+            partial(_sparse_experts, config=self.config, exchange=name, shards=shards),
+            in_specs=(batch, batch, sharding.spec(None, None), into, into, out_of),
+            out_specs=(batch, sharding.spec()),
+        )
+        router_DE = sharding.shard(self.router_DE[...], None, None)
+        return body(x_BLD, real_BL, router_DE, *weights)
+
+
+def _sparse_experts(
+    x_BLD, real_BL, router_DE, gate_edf, up_edf, down_efd, *, config, exchange, shards
+):
+    """One device's part of MoE.__call__; the five numbered steps of the data flow."""
+    x_TD, real_T = x_BLD.reshape(-1, x_BLD.shape[-1]), real_BL.reshape(-1)
+    tokens, experts, per_token = x_TD.shape[0], config.num_local_experts, config.num_experts_per_tok
+
+    with jax.named_scope("route"):  # 1. choose experts; 2. sort the assignments by expert
+        routing = route(x_TD, router_DE, real_T, per_token)
+        capacity = capacity_of(config.capacity_factor, tokens, per_token, experts)
+        order_A, rank_CT, chosen_E, kept_E = keep_rows(routing.ids_TC, experts, capacity)
+        statistics = local_statistics(routing, real_T, (chosen_E - kept_E).sum())
+        statistics = jax.tree.map(lambda s: lax.psum(s, sharding.BATCH_AXES), statistics)
+
+    with jax.named_scope("exchange"):  # 3. rows to their experts
+        sizes = {"tokens": tokens, "experts": experts, "per_token": per_token}
+        exchange = exchanges.make(exchange, sharding.EXPERT, shards, **sizes, capacity=capacity)
+        plan = exchanges.plan(exchange, kept_E)
+        rows = dispatch_rows(
+            routing.ids_TC, order_A, rank_CT, chosen_E, kept_E, plan.offsets_E, exchange.send_rows
+        )
+        sent_RD = exchanges.take_rows(x_TD, rows.token_R, rows.row_CT)
+        received_RD = exchanges.send(exchange, plan, sent_RD)
+
+    with jax.named_scope("experts"):  # 4. SwiGLU over the experts that live here
+        gate_eDf, up_eDf = (_gather(w, 1) for w in (gate_edf, up_edf))
+        down_efD = _gather(down_efd, 2)
+        gate_Rf = grouped_matmul(received_RD, gate_eDf, plan.group_sizes_e)
+        up_Rf = grouped_matmul(received_RD, up_eDf, plan.group_sizes_e)
+        gate_Rf, up_Rf = (
+            checkpoint_name(gate_Rf, "expert_matmul"),
+            checkpoint_name(up_Rf, "expert_matmul"),
+        )
+        done_RD = grouped_matmul(jax.nn.silu(gate_Rf) * up_Rf, down_efD, plan.group_sizes_e)
+        done_RD = checkpoint_name(done_RD, "expert_matmul")
+
+    with jax.named_scope("exchange"):  # 5. and back, where the weighted sum ends it
+        returned_RD = exchanges.send_back(exchange, plan, done_RD)
+    with jax.named_scope("combine"):
+        parts_AD = exchanges.take_rows(
+            returned_RD, rows.row_CT.reshape(-1), rows.assignment_R[None]
+        )
+        parts_CTD = parts_AD.reshape(per_token, tokens, -1)
+        out_TD = jnp.einsum("TC,CTD->TD", routing.weights_TC.astype(x_TD.dtype), parts_CTD)
+        out_TD = lax.psum(out_TD, sharding.TENSOR)
+    return out_TD.reshape(x_BLD.shape), statistics
+
+
+def _gather(w, axis: int):
+    """An expert matrix whole in its model dimension, which is split over fsdp."""
+    return lax.all_gather(w, sharding.FSDP, axis=axis, tiled=True)

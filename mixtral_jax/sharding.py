@@ -1,0 +1,193 @@
+"""The mesh, the one table from logical axes to mesh axes, and start-up on one or many hosts.
+
+The only file that spells a mesh axis. Meshes have Explicit axes: every array's sharding is part of
+its type and an ambiguous contraction fails while tracing, on a CPU as on a TPU.
+
+Dimension letters, used as suffixes of array names throughout:
+
+    B batch            L query length     S key length       D model width
+    N query heads      K kv heads         G = N / K          H head width
+    V vocabulary       E experts          F expert hidden    C experts per token
+    T tokens on this device               R rows (token, expert) received here
+    X devices along the expert axis       M microbatches
+
+Lower case is a per-device size where it differs: e = E / X local experts, d and f likewise.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec, reshard
+
+from mixtral_jax.config import InputError, MeshConfig
+
+DATA, FSDP, EXPERT, TENSOR = "data", "fsdp", "expert", "tensor"
+AXES = (DATA, FSDP, EXPERT, TENSOR)
+BATCH_AXES = (DATA, FSDP, EXPERT)
+
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    None: None,
+    "batch": BATCH_AXES,
+    "tokens": BATCH_AXES,
+    "layers": None,
+    "model": (FSDP, EXPERT),  # the model dimension of weights outside the experts
+    "heads": TENSOR,
+    "vocabulary": TENSOR,
+    "experts": EXPERT,
+    "expert_model": FSDP,  # the model dimension of expert matrices
+    "expert_hidden": TENSOR,
+}
+
+
+def spec(*logical: str | None) -> PartitionSpec:
+    """The PartitionSpec of an array whose dimensions have these logical axes."""
+    return PartitionSpec(*(RULES[name] for name in logical))
+
+
+def shard(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Move x to the sharding of these logical axes, e.g. gather a weight before its use."""
+    return reshard(x, spec(*logical))
+
+
+def make_mesh(
+    data: int = 1,
+    fsdp: int = 1,
+    expert: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> jax.sharding.Mesh:
+    """A mesh over the first data * fsdp * expert * tensor devices.
+
+    Use it as `with jax.set_mesh(make_mesh(expert=4)): ...`.
+
+    Raises:
+      InputError: if there are fewer devices.
+    """
+    sizes = (data, fsdp, expert, tensor)
+    devices = jax.devices() if devices is None else list(devices)
+    wanted = math.prod(sizes)
+    if wanted > len(devices):
+        axes = ", ".join(f"mesh.{a}={n}" for a, n in zip(AXES, sizes, strict=True) if n > 1)
+        raise InputError(
+            f"{axes} need {wanted} devices, and this machine has {len(devices)} "
+            f"({devices[0].device_kind}): use a smaller mesh"
+        )
+    return jax.make_mesh(sizes, AXES, devices=devices[:wanted])
+
+
+def mesh_from_config(config: MeshConfig) -> jax.sharding.Mesh:
+    """The mesh that a config asks for; on several hosts it must use every device."""
+    mesh = make_mesh(config.data, config.fsdp, config.expert, config.tensor)
+    if jax.process_count() > 1 and config.size != jax.device_count():
+        raise InputError(
+            f"the mesh has {config.size} devices and the {jax.process_count()} hosts have "
+            f"{jax.device_count()}: on several hosts it must use all of them"
+        )
+    return mesh
+
+
+def current_mesh() -> jax.sharding.AbstractMesh:
+    """The mesh set by jax.set_mesh.
+
+    Raises:
+      InputError: if none is set.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or set(mesh.axis_names) != set(AXES):
+        raise InputError("no mesh is set: run inside `with jax.set_mesh(sharding.make_mesh()):`")
+    return mesh
+
+
+def expert_shards() -> int:
+    """Devices along the expert axis of the current mesh (X)."""
+    return current_mesh().shape[EXPERT]
+
+
+def batch_shards() -> int:
+    """Devices that the batch is split over in the current mesh."""
+    return math.prod(current_mesh().shape[axis] for axis in BATCH_AXES)
+
+
+def param_specs(state: Any) -> Any:
+    """PartitionSpecs of a tree of nnx variables, read from the logical axes each was made with."""
+    return jax.tree.map(
+        lambda variable: variable.replace(spec(*variable.get_metadata("logical_axes"))),
+        state,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+
+
+def param_shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:
+    """NamedShardings of a tree of nnx variables on a mesh."""
+    return jax.tree.map(
+        lambda s: NamedSharding(mesh, s),
+        param_specs(state),
+        is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
+    )
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The sharding of an array whose first dimension is the batch."""
+    return NamedSharding(mesh, spec("batch"))
+
+
+# ---- start-up ----------------------------------------------------------------------------------
+
+
+def start(mesh: MeshConfig) -> None:
+    """Prepare JAX for a mesh, before the first use of a device; call once per process.
+
+    On several hosts it connects them: TPU slices and Slurm are recognised by JAX itself, other
+    clusters by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Where only a CPU is
+    found, it is split into as many emulated devices as the mesh needs.
+
+    Raises:
+      InputError: if the mesh does not split over the processes.
+    """
+    coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    processes = int(os.environ.get("JAX_NUM_PROCESSES", "1")) if coordinator else 1
+    if mesh.size % processes:
+        raise InputError(f"a mesh of {mesh.size} devices does not split over {processes} processes")
+    emulate_cpu_devices(mesh.size // processes)
+    if coordinator:
+        rank = int(os.environ["JAX_PROCESS_ID"])
+        jax.distributed.initialize(coordinator, processes, rank)
+    elif _on_tpu() or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        jax.distributed.initialize()
+
+
+def emulate_cpu_devices(devices: int) -> None:
+    """Split the CPU, if JAX finds nothing better, into this many devices; before their first use.
+
+    Each device blocks one thread of XLA's pool while it waits for the others. The default pool has
+    as many threads as devices, and one more program in flight can then starve a device of its
+    thread for ever; so the pool is made larger, and the watchdog patient with slow machines.
+    XLA_FLAGS that already say the number of devices are respected.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        jax.config.update("jax_num_cpu_devices", devices)
+    if devices > 1:
+        os.environ.setdefault("PJRT_NPROC", str(4 * devices))
+        if "xla_cpu_collective" not in flags:
+            patience = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+            os.environ["XLA_FLAGS"] = f"{flags} {patience}".strip()
+
+
+def _on_tpu() -> bool:
+    chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    asked = os.environ.get("JAX_PLATFORMS", "tpu")
+    return "tpu" in asked and bool(chips) and importlib.util.find_spec("libtpu") is not None

@@ -1,0 +1,290 @@
+"""The run: set up or resume, then step, report, validate and save until done."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mixtral_jax import sharding
+from mixtral_jax.config import Config, InputError, TrainingError
+from mixtral_jax.data.batches import train_batches
+from mixtral_jax.data.corpus import open_corpus
+from mixtral_jax.data.tokenizer import load_tokenizer
+from mixtral_jax.data.validation import validation_set
+from mixtral_jax.kernels import exchange
+from mixtral_jax.training import report, run_folder
+from mixtral_jax.training.checkpoint import FOLDER, Checkpoints, Extras
+from mixtral_jax.training.metrics import Reporter, training_record
+from mixtral_jax.training.placement import Placement
+from mixtral_jax.training.step import (
+    TrainState,
+    abstract_train_state,
+    initial_state,
+    make_train_step,
+    make_validation_step,
+)
+
+
+def train(config: Config) -> None:
+    """Train as the config says, or go on where its run folder left off.
+
+    Raises:
+      InputError: for what a user can mend; nothing has been written then.
+      TrainingError: if too many steps in a row were not finite.
+    """
+    sharding.start(config.mesh)
+    mesh = sharding.mesh_from_config(config.mesh)
+    with jax.set_mesh(mesh):
+        check_exchange(config)
+        run = Run(config, mesh)
+        try:
+            run.loop()
+        finally:
+            run.close()
+
+
+def check_exchange(config: Config) -> None:
+    """Refuse an exchange that the mesh's platform cannot run; call with the mesh set."""
+    try:
+        exchange.resolve(config.model.exchange, config.mesh.expert)
+    except ValueError as error:
+        raise InputError(f"model.{error}") from None
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM or SIGINT puts its number in; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def handler(number, frame):
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    old = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)
+
+
+class Run:
+    """One training run on one mesh: the state, the data and the files that belong together."""
+
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh):
+        self.config, self.mesh = config, mesh
+        begun = run_folder.check(config)
+        folder = pathlib.Path(config.run.dir)
+        self.placement = Placement(config, mesh)
+        corpus = self.tokenizer = None
+        if config.data.source == "files":
+            corpus = open_corpus(config)
+            self.tokenizer = load_tokenizer(config, folder / run_folder.TOKENIZER, corpus)
+        self.batches = train_batches(config, self.tokenizer, self.placement.rows, corpus)
+        self.held_out = None
+        if config.training.validate_every:
+            self.held_out = validation_set(config, self.tokenizer, corpus)
+        self.state, self.first = self._begin(folder, begun)
+        self.folder = run_folder.write(config)
+        if self.tokenizer is not None and jax.process_index() == 0:
+            self.tokenizer.save(self.folder / run_folder.TOKENIZER)
+        self.checkpoints = Checkpoints(self.folder, config.training.keep_checkpoints)
+        self.reporter = Reporter(self.folder, self.first, config.training.steps)
+        self._validation_step = jax.jit(make_validation_step(config))
+
+    def _begin(self, folder: pathlib.Path, begun: bool) -> tuple[TrainState, int]:
+        """A fresh state and step 0, or what the newest checkpoint holds."""
+        config, wanted = self.config, self.config.run.resume_step
+        steps = []
+        if begun and (folder / FOLDER).is_dir():
+            checkpoints = Checkpoints(folder, config.training.keep_checkpoints)
+            steps = checkpoints.steps()
+        if wanted is not None and wanted not in steps:
+            raise InputError(f"run.resume_step={wanted} is not a checkpoint of {folder}: {steps}")
+        if not steps:
+            return initial_state(config, self.mesh), 0
+        step = steps[-1] if wanted is None else wanted
+        state, extras = checkpoints.restore(step, abstract_train_state(config, self.mesh))
+        for path in checkpoints.set_aside_after(step):
+            _say(f"moved the newer checkpoint to {path}")
+        checkpoints.close()
+        self.batches.restore(extras.data_state[self.placement.rows])
+        _say(f"resuming {folder} at step {step}")
+        return state, step
+
+    def loop(self) -> None:
+        """Step until training.steps, or until told to stop."""
+        training, steps = self.config.training, self.config.training.steps
+        if self.first >= steps:
+            _say(f"{self.folder} is complete at step {self.first}: raise training.steps to go on")
+            return
+        train_step = self._compile()
+        clock = Clock()
+        with stop_signals() as signals:
+            for step in range(self.first + 1, steps + 1):
+                self._profile(step)
+                batch = self.placement(next(self.batches))
+                self.state, metrics = train_step(self.state, batch)
+                metrics = self._check(step, jax.device_get(metrics))
+                clock.steps += 1
+                record = None
+                if step % training.log_every == 0 or step == steps:
+                    record = training_record(step, metrics, clock.lap(), self.config)
+                    self.reporter.write(record)
+                self.reporter.advance(step, record)
+                stopping = self._stopping(step, signals)
+                with clock.paused():
+                    self._validate_and_save(step, last=step == steps or stopping)
+                if stopping:
+                    self.checkpoints.wait()
+                    self.reporter.say(f"stopped by a signal; saved at step {step}")
+                    return
+        self._finish()
+
+    def _compile(self):
+        """The step, compiled; says what is about to run and how long that took."""
+        model, training = self.config.model, self.config.training
+        _say(
+            f"Mixtral of {model.num_parameters:,} parameters, {model.num_active_parameters:,} "
+            f"active; {training.batch_size} x {training.sequence_length} tokens a step on "
+            + describe(self.mesh)
+        )
+        began = time.perf_counter()
+        step = jax.jit(make_train_step(self.config), donate_argnums=0)
+        abstract = abstract_train_state(self.config, self.mesh)
+        compiled = step.lower(abstract, self.placement.abstract()).compile()
+        _say(f"compiled in {time.perf_counter() - began:.1f} s")
+        return compiled
+
+    def _check(self, step: int, metrics: Any) -> Any:
+        """Stop the run if too many steps in a row were skipped."""
+        row, most = int(metrics.skipped_in_a_row), self.config.training.max_skipped_steps
+        if row and (row == 1 or row % 10 == 0):
+            self.reporter.say(f"step {step}: loss or gradient not finite; {row} in a row skipped")
+        if row >= most:
+            raise TrainingError(
+                f"loss or gradient was not finite in {row} steps in a row, the last of them step "
+                f"{step}: lower training.learning_rate, or go on from a checkpoint in "
+                f"{self.checkpoints.folder}"
+            )
+        return metrics
+
+    def _stopping(self, step: int, signals: list[int]) -> bool:
+        if jax.process_count() == 1:
+            return bool(signals)
+        told = multihost_utils.process_allgather(np.asarray(bool(signals)))
+        return bool(told.any())
+
+    def _profile(self, step: int) -> None:
+        steps = self.config.training.profile_range
+        if steps and step == steps[0]:
+            jax.profiler.start_trace(str(self.folder / "profile"))
+        if steps and step == steps[1] + 1:
+            jax.profiler.stop_trace()
+            self.reporter.say(f"profile of steps {steps[0]} to {steps[1]}: {self.folder}/profile")
+
+    # ---- validation and checkpoints ------------------------------------------------------------
+
+    def _validate_and_save(self, step: int, last: bool) -> None:
+        training = self.config.training
+        save = last or step % training.checkpoint_every == 0
+        loss = None
+        if training.validate_every and (save or step % training.validate_every == 0):
+            loss = self._validate(step)
+        if save:
+            state = self._global_data_state()
+            extras = Extras(self.config, state, self.tokenizer, loss)
+            self.checkpoints.save(step, self.state, extras)
+
+    def _validate(self, step: int) -> float:
+        """Score the held-out text; writes a validation line and returns the loss."""
+        rows = list(range(self.config.training.batch_size))
+        nats = tokens = 0.0
+        for batch in self.held_out.batches:
+            mine = self.placement(batch, rows)
+            sums = jax.device_get(self._validation_step(self.state.params, mine))
+            nats, tokens = nats + float(sums.cross_entropy), tokens + float(sums.tokens)
+        record = {"step": step, "validation_loss": nats / tokens}
+        if self.held_out.text:
+            record["validation_bits_per_byte"] = nats / math.log(2) / len(self.held_out.text)
+        self.reporter.write(record)
+        self.last_validation = record
+        return record["validation_loss"]
+
+    def _global_data_state(self) -> np.ndarray:
+        """Where every row of the global batch is in its documents: int64 [batch_size, 2]."""
+        mine = np.full((self.config.training.batch_size, 2), -1, np.int64)
+        mine[self.placement.rows] = self.batches.state
+        if jax.process_count() == 1:
+            return mine
+        return multihost_utils.process_allgather(mine).max(axis=0)
+
+    # ---- the end -------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """Draw the report and say how the run went."""
+        self.checkpoints.wait()
+        malformed = self.batches.malformed
+        if jax.process_index() != 0:
+            return
+        compressors, lines = None, []
+        if self.held_out is not None and self.held_out.text:
+            text = self.held_out.text
+            compressors = report.compression_bits_per_byte(text)
+            model = self.last_validation["validation_bits_per_byte"]
+            lines = report.summary_lines(model, compressors, len(text))
+        balanced = float(self.config.model.num_experts_per_tok)
+        path = report.draw_report(self.folder, balanced, compressors, title=self.folder.name)
+        if malformed.count:
+            lines.append(f"skipped {malformed}")
+        self.reporter.close()
+        print("\n".join([*lines, f"report: {path}", f"checkpoints: {self.folder / FOLDER}"]))
+
+    def close(self) -> None:
+        self.batches.close()
+        self.reporter.close()
+        self.checkpoints.close()
+
+
+class Clock:
+    """Mean seconds a step, without the time spent validating and saving."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._began = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds a step since the last lap."""
+        now = time.perf_counter()
+        mean = (now - self._began) / max(self.steps, 1)
+        self._began, self.steps = now, 0
+        return mean
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        now = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - now
+
+
+def describe(mesh: jax.sharding.Mesh) -> str:
+    """For example: 4 devices (cpu), expert 4."""
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    device = mesh.devices.flat[0]
+    count = f"{mesh.size} device{'s' if mesh.size > 1 else ''} ({device.device_kind})"
+    return f"{count}, {axes}" if axes else count
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)

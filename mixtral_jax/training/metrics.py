@@ -1,0 +1,133 @@
+"""What a run reports: metrics.jsonl, TensorBoard and the progress bar.
+
+metrics.jsonl has one JSON object a line. Training lines hold step, loss (cross-entropy, nats a
+token), load_balance, router_z, grad_norm, learning_rate, tokens_per_second, step_seconds, mfu
+(where the chip's peak is known), dropped_tokens (assignments dropped for want of capacity),
+skipped_steps, expert_load_max_over_mean (a number a layer) and expert_share (for each layer, each
+expert's share of the assignments). A number that is not finite is null. Validation lines hold step,
+validation_loss (nats a token) and, for text, validation_bits_per_byte.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from mixtral_jax.config import Config
+from mixtral_jax.model.flops import peak_flops, training_flops_per_token
+from mixtral_jax.training.step import StepMetrics
+
+
+def training_record(step: int, metrics: StepMetrics, seconds: float, config: Config) -> dict:
+    """One training line, from a step's metrics on the host and the mean seconds a step took."""
+    assignments = np.asarray(metrics.statistics.assignments_E, np.float64)
+    share = assignments / np.maximum(assignments.sum(axis=-1, keepdims=True), 1)
+    record = {
+        "step": step,
+        "loss": float(metrics.losses.cross_entropy),
+        "load_balance": float(metrics.losses.load_balance),
+        "router_z": float(metrics.losses.router_z),
+        "grad_norm": float(metrics.grad_norm),
+        "learning_rate": float(metrics.learning_rate),
+        "tokens_per_second": float(metrics.tokens) / seconds,
+        "step_seconds": seconds,
+        "dropped_tokens": int(np.sum(metrics.statistics.dropped)),
+        "skipped_steps": int(metrics.skipped),
+        "expert_load_max_over_mean": (share.max(axis=-1) * share.shape[-1]).round(4).tolist(),
+        "expert_share": share.round(5).tolist(),
+    }
+    peak = peak_flops(jax.devices()[0].device_kind)
+    if peak:
+        flops = training_flops_per_token(config.model, config.training.sequence_length)
+        rate = record["tokens_per_second"] / config.mesh.size
+        record["mfu"] = rate * flops / peak
+    return record
+
+
+def trim(path: pathlib.Path, last_step: int) -> None:
+    """Drop the lines after a step, and a half-written one, before a run goes on from there."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record.get("step", 0) <= last_step:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    """None, which JSON can say, for a number that is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Reporter:
+    """Writes records on the first host, and moves the progress bar there."""
+
+    def __init__(self, run_dir: pathlib.Path, first_step: int, steps: int):
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        path = run_dir / "metrics.jsonl"
+        trim(path, first_step)
+        self._file = path.open("a", encoding="utf-8")
+        from tensorboardX import SummaryWriter  # slow to import
+
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self._bar = tqdm(
+            total=steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+        )
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl and its numbers to TensorBoard."""
+        if not self._active:
+            return
+        self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if isinstance(value, int | float) and name != "step":
+                self._board.add_scalar(name, value, record["step"])
+            elif name == "expert_load_max_over_mean":
+                for layer, load in enumerate(value):
+                    self._board.add_scalar(f"{name}/layer_{layer}", load, record["step"])
+
+    def advance(self, step: int, record: dict[str, Any] | None = None) -> None:
+        """Move the bar to a step, and show a record's loss and speed beside it."""
+        if not self._active:
+            return
+        if record is not None:
+            speed = record["tokens_per_second"]
+            text = f"loss {record['loss']:.3f}, {speed:,.0f} tokens/s"
+            if record["dropped_tokens"]:
+                text += f", {record['dropped_tokens']} dropped"
+            if record["skipped_steps"]:
+                text += f", {record['skipped_steps']} steps skipped"
+            self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self._active:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        if self._active:
+            self._active = False
+            self._bar.close()
+            self._file.close()
+            self._board.close()

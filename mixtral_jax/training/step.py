@@ -1,0 +1,163 @@
+"""One optimizer step as one compiled program: state in, state out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from mixtral_jax import sharding
+from mixtral_jax.config import Config
+from mixtral_jax.data.packing import Batch
+from mixtral_jax.model.mixtral import Mixtral, abstract_state
+from mixtral_jax.model.router import RoutingStatistics
+from mixtral_jax.training import losses as loss_terms
+from mixtral_jax.training.optimizer import learning_rate, make_optimizer
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes."""
+
+    step: jax.Array
+    """Steps taken, skipped ones included."""
+    skipped: jax.Array
+    """Steps skipped because the loss or the gradient was not finite."""
+    skipped_in_a_row: jax.Array
+    params: nnx.State
+    optimizer: Any
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports; all replicated."""
+
+    losses: loss_terms.Losses
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+    tokens: jax.Array
+    """Real tokens of the batch."""
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+    statistics: RoutingStatistics
+    """Summed over the microbatches; a layer dimension in front."""
+
+
+def make_state(config: Config, key: jax.Array) -> TrainState:
+    """A fresh state; call under jit with the shardings of `state_shardings`."""
+    params = nnx.state(Mixtral(config.model, key))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, zero, params, make_optimizer(config.training).init(params))
+
+
+def abstract_train_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, types and shardings of a TrainState on a mesh."""
+    state = jax.eval_shape(partial(make_state, config), jax.random.key(0))
+
+    def with_sharding(leaf):
+        if isinstance(leaf, nnx.Variable):
+            where = sharding.param_shardings(leaf, mesh)
+            return jax.tree.map(
+                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), leaf, where
+            )
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
+
+    return jax.tree.map(with_sharding, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def shardings_of(abstract: Any) -> Any:
+    """The shardings of a tree of ShapeDtypeStructs."""
+    return jax.tree.map(lambda a: a.sharding, abstract)
+
+
+def initial_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
+    """A fresh TrainState made in place on the mesh; the same on every mesh."""
+    shardings = shardings_of(abstract_train_state(config, mesh))
+    with jax.set_mesh(mesh):
+        make = jax.jit(partial(make_state, config), out_shardings=shardings)
+        return make(jax.random.key(config.run.seed))
+
+
+def _forward(graphdef, params, batch: Batch):
+    model = nnx.merge(graphdef, params)
+    out = model.forward(batch.tokens_BL, batch.positions_BL, batch.segments_BL)
+    sums = loss_terms.token_sums(out.logits_BLV, batch.targets_BL, batch.segments_BL > 0)
+    return sums, out.statistics
+
+
+def _gradients(config: Config, graphdef, params, batch_MBL: Batch):
+    """Gradients, losses and statistics of a batch, summed over its microbatches by a scan."""
+    batch_tokens = (batch_MBL.segments_BL > 0).sum().astype(jnp.float32)
+    weights = {
+        "load_balance_weight": config.model.load_balance_weight,
+        "router_z_weight": config.model.router_z_weight,
+        "z_weight": config.training.z_loss_weight,
+    }
+
+    def loss(params, batch):
+        sums, statistics = _forward(graphdef, params, batch)
+        losses = loss_terms.losses(sums, statistics, batch_tokens, **weights)
+        return losses.total, (losses, statistics)
+
+    def one(params, batch):
+        (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), aux
+
+    if config.training.gradient_accumulation == 1:
+        grads, aux = one(params, jax.tree.map(lambda x: x[0], batch_MBL))
+    else:
+        first = jax.tree.map(lambda x: x[0], batch_MBL)
+        shapes = jax.eval_shape(one, params, first)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes)
+        add = partial(jax.tree.map, jnp.add)
+        (grads, aux), _ = jax.lax.scan(
+            lambda total, batch: (add(total, one(params, batch)), None), zeros, batch_MBL
+        )
+    return grads, *aux, batch_tokens
+
+
+def make_train_step(
+    config: Config,
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The step as a plain function of (state, batch_MBL), to be jitted with the state donated.
+
+    A step whose loss or gradient is not finite leaves parameters and optimizer as they were, and is
+    counted. Statistics of the routing cover the whole batch; the load-balancing loss is taken per
+    microbatch and averaged by its tokens.
+    """
+    graphdef, _ = abstract_state(config.model)
+    optimizer, schedule = make_optimizer(config.training), learning_rate(config.training)
+
+    def train_step(state: TrainState, batch_MBL: Batch) -> tuple[TrainState, StepMetrics]:
+        grads, losses, statistics, tokens = _gradients(config, graphdef, state.params, batch_MBL)
+        with jax.named_scope("optimizer"):
+            grad_norm = optax.global_norm(grads)
+            updates, changed = optimizer.update(grads, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
+        finite = jnp.isfinite(losses.total) & jnp.isfinite(grad_norm)
+        params, changed = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, changed),
+            (state.params, state.optimizer),
+        )
+        bad = jnp.where(finite, 0, 1)
+        skipped, row = state.skipped + bad, jnp.where(finite, 0, state.skipped_in_a_row + 1)
+        rate = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)
+        metrics = StepMetrics(losses, grad_norm, rate, tokens, skipped, row, statistics)
+        return TrainState(state.step + 1, skipped, row, params, changed), metrics
+
+    return train_step
+
+
+def make_validation_step(config: Config) -> Callable[[nnx.State, Batch], loss_terms.TokenSums]:
+    """A function of (params, batch_MBL) that gives the sums over all real targets."""
+    graphdef, _ = abstract_state(config.model)
+
+    def validation_step(params: nnx.State, batch_MBL: Batch) -> loss_terms.TokenSums:
+        sums = jax.lax.map(lambda batch: _forward(graphdef, params, batch)[0], batch_MBL)
+        return jax.tree.map(jnp.sum, sums)
+
+    return validation_step
