@@ -176,7 +176,8 @@ def train_batches(
 class Shuffle(grain.MapDataset):
     """The parent's documents in another order each epoch.
 
-    grain's own shuffle searches 65536 / n places for each of n documents: 18 ms when n is 2.
+    In place of grain's own shuffle, which tries some 65536 / n places to find one of n documents:
+    18 ms for each when n is 2, 1 ms when n is 50.
     """
 
     def __init__(self, parent: grain.MapDataset, seed: int, source: int):
@@ -212,12 +213,15 @@ class _Deal:
             len(subset) < math.ceil(self.rows * share)
             for subset, share in zip(corpus.train, shares, strict=True)
         )
-        """Whether the first round deals a document to several rows. They then start at different
-        places in it, lest they be equal for as long as it lasts."""
+        """Whether the first round deals some document to several rows. All rows then start inside
+        their first document, each at another part of it: else equal rows would stay equal."""
 
     def document(self, number: int, row: int) -> str | None:
-        """What a row gets in a round. Each round begins at another row: else two sources of one
-        weight would alternate over the rows, and each row would only ever see one of them."""
+        """What a row gets in round `number`.
+
+        Each round begins at another row: else two sources of one weight would alternate over the
+        rows, and a row would only ever see one of them.
+        """
         turn = int(hash64(np.array([number]), DEAL, self._seed)[0] % np.uint64(self.rows))
         return self._sequence[number * self.rows + (row + turn) % self.rows]
 

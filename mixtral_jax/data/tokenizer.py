@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import os
 import pathlib
@@ -77,7 +78,8 @@ class Tokenizer:
             partial.write_bytes(self.model_bytes)
             partial.replace(path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
             raise InputError(f"tokenizer {path} cannot be written: {error.strerror}") from None
 
     def encode(self, text: str) -> list[int]:
@@ -119,7 +121,7 @@ class StreamDecoder:
         self._waiting.append(int(token))
         tail = b"".join(self._tokenizer.byte(i) for i in self._waiting[-3:])
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        decoder.decode(tail)
+        decoder.decode(tail)  # keeps back the bytes at the end that begin a character
         begun = len(decoder.getstate()[0]) if self._tokenizer.byte(token) else 0
         return self._take(len(self._waiting) - begun)
 
@@ -131,8 +133,8 @@ class StreamDecoder:
         ids, self._waiting = self._waiting[:count], self._waiting[count:]
         before = self._tokenizer.decode(self._before)
         text = self._tokenizer.decode(self._before + ids)[len(before) :]
-        if not before:
-            self._before += ids
+        if not before:  # EOS, which is no text, keeps bytes on its sides from joining
+            self._before += [*ids, self._tokenizer.eos_id]
         return text
 
 
@@ -176,7 +178,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            num_threads=os.cpu_count() or 1,
+            num_threads=8,  # it is written into the model, so no machine may choose its own
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -202,7 +204,7 @@ def _training_error(vocab_size: int, reason: str) -> InputError:
         )
     if "sentences_.empty()" in reason:
         return InputError("data.train holds no text to train a tokenizer on")
-    return InputError(f"{name}: SentencePiece cannot train: {reason.splitlines()[0]}")
+    return InputError(f"{name}: SentencePiece cannot train: {' '.join(reason.split())}")
 
 
 # ---- the tokenizer of a run --------------------------------------------------------------------

@@ -70,6 +70,10 @@ def checksums(tree: Any) -> dict[str, int]:
     return {path: int(value) for path, value in sums.items()}
 
 
+def _validation_loss(metrics: dict) -> float:
+    return metrics["validation_loss"]
+
+
 class Checkpoints:
     """The checkpoints of one run, for writing and resuming.
 
@@ -79,10 +83,9 @@ class Checkpoints:
     def __init__(self, run_dir: str | pathlib.Path, keep: int):
         self.folder = pathlib.Path(run_dir).resolve() / FOLDER
         policies = ocp.checkpoint_managers
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics["validation_loss"], reverse=True, n=1
-        )
+        best = policies.BestN(get_metric_fn=_validation_loss, reverse=True, n=1)
         options = ocp.CheckpointManagerOptions(
+            best_fn=_validation_loss,  # without it the metrics would not be written
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             cleanup_tmp_directories=True,
         )
@@ -124,12 +127,14 @@ class Checkpoints:
             return self._restore(step, abstract)
         except InputError as error:
             for earlier in reversed([s for s in self.steps() if s < step]):
-                with contextlib.suppress(InputError):
+                try:
                     self._restore(earlier, abstract)
-                    raise InputError(
-                        f"{error}; checkpoint {earlier} before it is whole: add "
-                        f"run.resume_step={earlier} to go on from there"
-                    ) from None
+                except InputError:
+                    continue
+                raise InputError(
+                    f"{error}; checkpoint {earlier} before it is whole: add "
+                    f"run.resume_step={earlier} to go on from there"
+                ) from None
             raise
 
     def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Extras]:
@@ -144,7 +149,7 @@ class Checkpoints:
         return state._replace(params=graph_params), _extras(run)
 
     def set_aside_after(self, step: int) -> list[pathlib.Path]:
-        """Rename the checkpoints newer than a step to damaged-N; returns their new paths."""
+        """Move the checkpoints newer than a step out of the folder; returns their new paths."""
         moved = []
         for newer in [s for s in self.steps() if s > step]:
             target = self.folder.parent / f"set-aside-{FOLDER}-{newer}"
@@ -194,6 +199,7 @@ def _restore_arrays(path: pathlib.Path, item: str, abstract: Any, run: dict) -> 
         with ocp.StandardCheckpointer() as checkpointer, _quiet():
             arrays = checkpointer.restore(path / item, abstract)
     except Exception as error:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats each task's error
         raise InputError(f"checkpoint {path} is damaged in {item}: {_first_line(error)}") from None
     for name, value in checksums(arrays).items():
         if run["checksums"][item].get(name) != value:

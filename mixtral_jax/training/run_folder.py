@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 
+import jax
+
 from mixtral_jax import config_io
-from mixtral_jax.config import Config, InputError
+from mixtral_jax.config import Config, InputError, MeshConfig
 
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.model"
@@ -14,7 +17,7 @@ TOKENIZER = "tokenizer.model"
 # What may differ when a run goes on: where and how it computes, not what.
 MAY_CHANGE = {
     "model": {"exchange", "remat", "scan_layers"},
-    "mesh": {"data", "fsdp", "expert", "tensor"},
+    "mesh": {field.name for field in dataclasses.fields(MeshConfig)},
     "training": {
         *("steps", "log_every", "checkpoint_every", "keep_checkpoints", "validate_every"),
         *("max_skipped_steps", "profile_steps"),
@@ -65,9 +68,14 @@ def check(config: Config) -> bool:
 
 
 def write(config: Config) -> pathlib.Path:
-    """Make the folder and put the config there, whole or not at all; returns the folder."""
+    """Make the folder and put the config there, whole or not at all; returns the folder.
+
+    On several hosts one of them writes: the folder is shared.
+    """
     folder = pathlib.Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() != 0:
+        return folder
     temporary = folder / f"{CONFIG}.tmp"
     config_io.save(config, temporary)
     temporary.replace(folder / CONFIG)

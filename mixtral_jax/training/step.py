@@ -134,7 +134,7 @@ def make_train_step(
     def train_step(state: TrainState, batch_MBL: Batch) -> tuple[TrainState, StepMetrics]:
         grads, losses, statistics, tokens = _gradients(config, graphdef, state.params, batch_MBL)
         with jax.named_scope("optimizer"):
-            grad_norm = optax.global_norm(grads)
+            grad_norm = optax.tree.norm(grads)
             updates, changed = optimizer.update(grads, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(losses.total) & jnp.isfinite(grad_norm)

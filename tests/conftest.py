@@ -1,0 +1,51 @@
+"""Every test runs on eight emulated CPU devices, and an implicit change of rank is an error."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu compiles here, it looks for no TPU
+
+import hypothesis
+import jax
+import pytest
+
+from mixtral_jax import sharding
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def start_devices():
+    """Eight devices, and a compiler in a hurry: most of a test's time is spent compiling.
+
+    The flags are this process's alone. Programs that a test starts compile as they do for users.
+    """
+    before = os.environ.get("XLA_FLAGS")
+    if jax.__version_info__[:2] == (0, 10):  # XLA aborts at a flag that it does not know
+        os.environ["XLA_FLAGS"] = f"{before or ''} --xla_cpu_use_fusion_emitters=false"
+    jax.config.update("jax_disable_most_optimizations", True)
+    sharding.emulate_cpu_devices(8)
+    assert len(jax.devices()) == 8
+    os.environ.pop("XLA_FLAGS", None)
+    if before is not None:
+        os.environ["XLA_FLAGS"] = before
+
+
+start_devices()
+
+# The same examples every time; compiling takes longer than hypothesis expects of a test.
+hypothesis.settings.register_profile(
+    "project",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.load_profile("project")
+
+
+@pytest.fixture
+def mesh(request):
+    """A mesh (data, fsdp, expert, tensor), set; one device unless the test's parameter says more."""
+    made = sharding.make_mesh(*getattr(request, "param", ()))
+    with jax.set_mesh(made):
+        yield made

@@ -1,0 +1,199 @@
+"""Runs: metrics, resuming, signals, failing, run folders; in this process, with tiny models."""
+
+import json
+import os
+import signal
+
+import jax
+import pytest
+import sentencepiece
+from tiny import make_config
+
+from mixtral_jax import config_io, sharding
+from mixtral_jax.config import InputError, SourceConfig, TrainingError
+from mixtral_jax.training import checkpoint, loop
+from mixtral_jax.training.metrics import Reporter
+
+TIMES = ("tokens_per_second", "step_seconds")
+
+
+@pytest.fixture(autouse=True)
+def _devices_are_ready(monkeypatch):
+    monkeypatch.setattr(sharding, "start", lambda mesh: None)
+
+
+def lines(folder, kind="loss"):
+    """Records of metrics.jsonl that have a key, without what differs from run to run."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in records if kind in r]
+
+
+def checksums(folder, step):
+    return checkpoint.read_run(folder / checkpoint.FOLDER / str(step))["checksums"]
+
+
+def synthetic(folder, **sections):
+    return make_config(run={"dir": str(folder)}, **sections)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of 6 steps on experts over 2 devices."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "start", lambda mesh: None)
+        loop.train(synthetic(folder, mesh={"expert": 2}))
+    return folder
+
+
+def test_a_run_folder_has_what_it_promises(whole):
+    assert config_io.load(whole / "config.yaml").training.steps == 6
+    assert (whole / "report.png").stat().st_size > 10_000
+    assert (whole / "tensorboard").is_dir()
+    training, validation = lines(whole), lines(whole, "validation_loss")
+    assert [r["step"] for r in training] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in validation] == [3, 6]
+    keys = {"step", "loss", "load_balance", "router_z", "grad_norm", "learning_rate"}
+    keys |= {"dropped_tokens", "skipped_steps", "expert_load_max_over_mean", "expert_share"}
+    assert set(training[0]) == keys
+    last = training[-1]
+    assert last["dropped_tokens"] == last["skipped_steps"] == 0
+    for load, share in zip(last["expert_load_max_over_mean"], last["expert_share"], strict=True):
+        assert sum(share) == pytest.approx(1, abs=1e-4)
+        assert load == pytest.approx(4 * max(share), abs=1e-3)
+
+
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch, capfd):
+    folder, advance = tmp_path / "run", Reporter.advance
+
+    def advance_then_signal(self, step, record=None):
+        advance(self, step, record)
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = synthetic(folder, mesh={"expert": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporter, "advance", advance_then_signal)
+        loop.train(config)
+    assert [r["step"] for r in lines(folder)] == [1, 2, 3, 4]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # as a kill -9 in the middle of a line leaves it
+    loop.train(config)
+    assert "resuming" in capfd.readouterr().out
+    assert lines(folder) == lines(whole)
+    assert checksums(folder, 6) == checksums(whole, 6)
+    loop.train(config)
+    assert "complete at step 6" in capfd.readouterr().out
+
+
+def test_a_run_goes_on_on_another_mesh_with_the_same_losses(whole, tmp_path):
+    folder = tmp_path / "run"
+    loop.train(synthetic(folder, mesh={"expert": 2}, training={"steps": 3, "schedule": "constant"}))
+    mesh = {"expert": 1, "data": 2, "tensor": 2}
+    loop.train(synthetic(folder, mesh=mesh, training={"steps": 6, "schedule": "constant"}))
+    straight = tmp_path / "straight"
+    loop.train(synthetic(straight, training={"steps": 6, "schedule": "constant"}))
+    for got, expected in zip(lines(folder), lines(straight), strict=True):
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert got["load_balance"] == pytest.approx(expected["load_balance"], rel=1e-5)
+
+
+def test_a_damaged_newest_checkpoint_can_be_set_aside(whole, tmp_path):
+    folder = tmp_path / "run"
+    config = synthetic(folder, mesh={"expert": 2})
+    loop.train(config)
+    damaged = folder / checkpoint.FOLDER / "6" / "params"
+    for path in [p for p in damaged.rglob("*") if p.is_file() and p.stat().st_size > 1000]:
+        path.write_bytes(b"")
+    more = {"training": {"steps": 9}, "mesh": {"expert": 2}}
+    with pytest.raises(InputError, match=r"6 is damaged.*run.resume_step=3"):
+        loop.train(synthetic(folder, **more))
+    loop.train(make_config(run={"dir": str(folder), "resume_step": 3}, mesh={"expert": 2}))
+    assert lines(folder) == lines(whole)
+    assert (folder / "set-aside-checkpoints-6").is_dir()
+
+
+def test_steps_that_are_not_finite_stop_the_run(tmp_path, capfd):
+    training = {"learning_rate": 1e30, "max_skipped_steps": 3, "warmup_steps": 0, "steps": 30}
+    with pytest.raises(TrainingError, match=r"not finite in 3 steps in a row.*learning_rate"):
+        loop.train(synthetic(tmp_path / "run", training=training))
+    assert "loss or gradient not finite" in capfd.readouterr().out
+
+
+def test_text_is_scored_in_bits_per_byte(tmp_path):
+    """The whole of it once: a tokenizer made from the data, on the mesh, with accumulation."""
+    for number in range(12):
+        text = "\n".join(f"def f{i}(x): return x * {i + number}" for i in range(30))
+        (tmp_path / f"{number}.txt").write_text(text)
+    config = make_config(
+        run={"dir": str(tmp_path / "run")},
+        data={
+            "source": "files",
+            "train": (SourceConfig(f"{tmp_path}/*.txt"),),
+            "validation_fraction": 0.3,
+            "tokenizer": "train",
+        },
+        model={"vocab_size": 300},
+        training={
+            "sequence_length": 16,
+            "gradient_accumulation": 2,
+            "validation_batches": 60,
+            "steps": 2,
+            "validate_every": 2,
+        },
+        mesh={"expert": 2, "fsdp": 2},
+    )
+    loop.train(config)
+    (record,) = lines(tmp_path / "run", "validation_loss")
+    assert 0 < record["validation_bits_per_byte"] < 8
+    path = checkpoint.find(tmp_path / "run")
+    tokenizer = checkpoint.load_extras(path).tokenizer
+    assert tokenizer.vocab_size == 300
+    saved = sentencepiece.SentencePieceProcessor(str(tmp_path / "run" / "tokenizer.model"))
+    assert saved.get_piece_size() == 300
+
+
+def test_a_profile_is_written(tmp_path):
+    loop.train(synthetic(tmp_path / "run", training={"profile_steps": "2:3", "validate_every": 0}))
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"exchange": "ragged"}, "mesh": {"expert": 2}}, "does not run on cpu"),
+        ({"mesh": {"expert": 4, "data": 4}, "training": {"batch_size": 16}}, "need 16 devices"),
+        ({"data": {"source": "files"}}, "data.train is empty"),
+    ],
+)
+def test_what_only_the_machine_can_refuse_is_refused_before_writing(tmp_path, sections, message):
+    with pytest.raises(InputError, match=message):
+        loop.train(synthetic(tmp_path / "run", **sections))
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_runs_folder_is_left_alone(whole):
+    before = sorted((p, p.stat().st_mtime_ns) for p in whole.rglob("*"))
+    with pytest.raises(InputError, match=r"training.learning_rate=0.01, not 0.5"):
+        loop.train(synthetic(whole, mesh={"expert": 2}, training={"learning_rate": 0.5}))
+    assert sorted((p, p.stat().st_mtime_ns) for p in whole.rglob("*")) == before
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(InputError, match="holds other files"):
+        loop.train(synthetic(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "run").write_text("x")
+    with pytest.raises(InputError, match="is a file"):
+        loop.train(synthetic(tmp_path / "run"))
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(InputError, match="not writable"):
+        loop.train(synthetic(tmp_path / "run"))
+    assert jax.device_count() == 8

@@ -1,0 +1,170 @@
+"""One optimizer step: meshes, microbatches, skipping, schedules, decay."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from tiny import CONFIG, host, initial_state, make_batch, make_config
+
+from mixtral_jax import sharding
+from mixtral_jax.model.mixtral import abstract_state
+from mixtral_jax.training import step as steps
+from mixtral_jax.training.optimizer import is_matrix, learning_rate, make_optimizer
+from mixtral_jax.training.placement import Placement
+
+MESHES = [{}, {"expert": 4}, {"data": 2, "expert": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2}]
+
+
+def gradients(config, batch):
+    """(gradients, losses, statistics) of a batch on the config's mesh, in NumPy."""
+    mesh = sharding.make_mesh(**vars(config.mesh))
+    graphdef, _ = abstract_state(config.model)
+    with jax.set_mesh(mesh):
+        params = initial_state(config, mesh).params
+        function = jax.jit(partial(steps._gradients, config, graphdef))
+        grads, losses, statistics, _ = function(params, Placement(config, mesh)(batch))
+        return host((grads, losses, statistics))
+
+
+def assert_trees_close(got, expected, rtol=1e-5):
+    """Every array within rtol of the expected one, relative to that one's largest element."""
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+        scale = np.abs(b).max() + 1e-30
+        np.testing.assert_allclose(
+            a / scale, b / scale, rtol=0, atol=rtol, err_msg=jax.tree_util.keystr(path)
+        )
+
+
+WEIGHTS = {"load_balance_weight": 0.3, "router_z_weight": 0.1}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    config = make_config(model=WEIGHTS, training={"z_loss_weight": 0.05})
+    return gradients(config, make_batch(8))
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
+def test_losses_gradients_and_statistics_do_not_depend_on_the_mesh(mesh, reference):
+    config = make_config(model=WEIGHTS, training={"z_loss_weight": 0.05}, mesh=mesh)
+    assert_trees_close(gradients(config, make_batch(8)), reference)
+
+
+def test_accumulation_of_equal_microbatches_changes_nothing():
+    """Two microbatches with the same rows: all statistics agree, so must every gradient.
+
+    The auxiliary losses weigh a thousand times the usual, so that a wrong scale of theirs shows.
+    """
+    heavy = {"load_balance_weight": 20.0, "router_z_weight": 5.0}
+    batch = jax.tree.map(lambda half: np.concatenate([half, half]), make_batch(4))
+    whole = gradients(make_config(model=heavy), batch)
+    cut = gradients(make_config(model=heavy, training={"gradient_accumulation": 2}), batch)
+    assert_trees_close(cut, whole)
+    light = gradients(make_config(model={"load_balance_weight": 0.0}), batch)
+    assert optax.tree.norm(whole[0]) > 3 * optax.tree.norm(light[0])
+
+
+def test_cross_entropy_under_accumulation_is_the_mean_over_all_tokens():
+    """Microbatches with different numbers of real tokens: not a mean of means."""
+    plain = {"load_balance_weight": 0.0}
+    batch = make_batch(8)
+    batch.segments_BL[:3, 2:] = 0
+    whole = gradients(make_config(model=plain), batch)
+    cut = gradients(make_config(model=plain, training={"gradient_accumulation": 4}), batch)
+    assert_trees_close(cut[0], whole[0])
+    np.testing.assert_allclose(cut[1].cross_entropy, whole[1].cross_entropy, rtol=1e-6)
+
+
+def run_steps(config, batches, break_at=None):
+    """States (NumPy) and metrics after each step; break_at spoils the head before that step."""
+    mesh = sharding.make_mesh(**vars(config.mesh))
+    placement = Placement(config, mesh)
+    with jax.set_mesh(mesh):
+        state = initial_state(config, mesh)
+        train_step = jax.jit(steps.make_train_step(config))
+        out = [(host(state), None)]
+        for number, batch in enumerate(batches):
+            if number == break_at:
+                state.params.head_DV[...] = state.params.head_DV[...] * jnp.inf
+            state, metrics = train_step(state, placement(batch))
+            out.append((host(state), host(metrics)))
+    return out
+
+
+def test_training_on_one_batch_lowers_its_loss():
+    out = run_steps(CONFIG, [make_batch(8)] * 6)
+    seen = [float(metrics.losses.cross_entropy) for _, metrics in out[1:]]
+    assert seen[-1] < seen[0] - 0.2
+    assert [int(state.step) for state, _ in out] == list(range(7))
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+    out = run_steps(CONFIG, [make_batch(8)] * 2, break_at=1)
+    (before, _), (after, metrics) = out[-2:]
+    assert int(metrics.skipped) == int(metrics.skipped_in_a_row) == 1
+    assert int(after.step) == 2
+    assert not np.isfinite(metrics.losses.total)
+    assert_same(after.optimizer, before.optimizer)
+    assert_same(after.params.layers, before.params.layers)
+    assert_same(after.params.embedding_VD, before.params.embedding_VD)
+
+
+def assert_same(got, expected):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_only_matrices_decay():
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        params = initial_state(CONFIG, mesh).params
+    flat = {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree.leaves_with_path(is_matrix(params))
+    }
+    assert {name for name, decays in flat.items() if not decays} == {
+        name for name in flat if "norm" in name
+    }
+    assert sum(flat.values()) == 10  # embedding, head, 4 of attention, router, 3 of the experts
+
+
+def test_clipping_bounds_the_update_that_adam_sees():
+    training = make_config(training={"clip_norm": 0.5}).training
+    params = nnx.State({"w": nnx.Param(jnp.ones((3, 2)), logical_axes=(None, None))})
+    optimizer = make_optimizer(training)
+    grads = jax.tree.map(lambda p: 100 * jnp.ones_like(p), params)
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    first_moment = optax.tree.norm(optax.tree_utils.tree_get(state, "mu"))
+    np.testing.assert_allclose(first_moment, (1 - training.adam_beta1) * 0.5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # step:      0    5   10   60   80   90  100
+        ("constant", [0, 0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 1 - 0.9 * 5 / 9, 1 - 0.9 * 7 / 9, 1 - 0.9 * 8 / 9, 0.1]),
+        ("cosine", [0, 0.5, 1, *(0.1 + 0.45 * (1 + np.cos(np.pi * t / 9)) for t in (5, 7, 8, 9))]),
+        ("warmup_stable_decay", [0, 0.5, 1, 1, 1, 0.55, 0.1]),
+    ],
+)
+def test_schedules(schedule, expected):
+    training = make_config(
+        training={"schedule": schedule, "steps": 100, "warmup_steps": 10, "learning_rate": 2e-3}
+    ).training
+    got = [learning_rate(training)(step) for step in (0, 5, 10, 60, 80, 90, 100)]
+    np.testing.assert_allclose(got, 2e-3 * np.array(expected), rtol=1e-4, atol=1e-9)
+
+
+def test_a_batch_reaches_the_mesh_in_its_order():
+    config = make_config(training={"gradient_accumulation": 2}, mesh={"data": 2, "expert": 2})
+    placement = Placement(config, sharding.make_mesh(data=2, expert=2))
+    batch = make_batch(8)
+    placed = placement(batch)
+    assert placement.rows == list(range(8))
+    assert placed.tokens_BL.shape == (2, 4, 9)
+    np.testing.assert_array_equal(np.asarray(placed.tokens_BL).reshape(8, 9), batch.tokens_BL)
