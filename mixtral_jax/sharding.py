@@ -77,7 +77,7 @@ def make_mesh(
     if wanted > len(devices):
         axes = ", ".join(f"mesh.{a}={n}" for a, n in zip(AXES, sizes, strict=True) if n > 1)
         raise InputError(
-            f"{axes} need {wanted} devices, and this machine has {len(devices)} "
+            f"a mesh of {axes} needs {wanted} devices, and this machine has {len(devices)} "
             f"({devices[0].device_kind}): use a smaller mesh"
         )
     return jax.make_mesh(sizes, AXES, devices=devices[:wanted])

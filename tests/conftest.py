@@ -1,6 +1,7 @@
 """Every test runs on eight emulated CPU devices, and an implicit change of rank is an error."""
 
 import os
+import socket
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu compiles here, it looks for no TPU
@@ -45,7 +46,15 @@ hypothesis.settings.load_profile("project")
 
 @pytest.fixture
 def mesh(request):
-    """A mesh (data, fsdp, expert, tensor), set; one device unless the test's parameter says more."""
+    """A mesh (data, fsdp, expert, tensor), set; one device unless the parameter says more."""
     made = sharding.make_mesh(*getattr(request, "param", ()))
     with jax.set_mesh(made):
         yield made
+
+
+@pytest.fixture
+def unused_port():
+    """A port that nothing listens on, and the next one too, most likely."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

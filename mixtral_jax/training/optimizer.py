@@ -13,7 +13,7 @@ from mixtral_jax.config import TrainingConfig
 
 def learning_rate(config: TrainingConfig) -> optax.Schedule:
     """Linear warm-up from 0, then the schedule's way to final_learning_rate_ratio of the peak."""
-    peak, warmup = config.learning_rate, min(config.warmup_steps, config.steps)
+    peak, warmup = config.learning_rate, config.warmup_steps
     last = peak * config.final_learning_rate_ratio
     rest = max(config.steps - warmup, 1)
     decay = max(round(config.decay_fraction * config.steps), 1)

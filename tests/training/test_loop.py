@@ -162,7 +162,7 @@ def test_a_profile_is_written(tmp_path):
     ("sections", "message"),
     [
         ({"model": {"exchange": "ragged"}, "mesh": {"expert": 2}}, "does not run on cpu"),
-        ({"mesh": {"expert": 4, "data": 4}, "training": {"batch_size": 16}}, "need 16 devices"),
+        ({"mesh": {"expert": 4, "data": 4}, "training": {"batch_size": 16}}, "needs 16 devices"),
         ({"data": {"source": "files"}}, "data.train is empty"),
     ],
 )

@@ -1,0 +1,199 @@
+"""train.py as its users run it: bad input is one line and exit code 2; a killed run goes on."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+import train
+from mixtral_jax import config_io, sharding
+from mixtral_jax.training import checkpoint
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = {
+    "model": {
+        "vocab_size": 512,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 8,
+        "max_position_embeddings": 64,
+    },
+    "training": {
+        "steps": 20,
+        "batch_size": 8,
+        "sequence_length": 16,
+        "schedule": "constant",
+        "warmup_steps": 2,
+        "log_every": 1,
+        "checkpoint_every": 5,
+        "validate_every": 10,
+        "validation_batches": 50,
+    },
+    "data": {"train": "{stdlib}/email/*.py", "validation_fraction": 0.3, "tokenizer": "train"},
+}
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+def run_train(config, *overrides, env=None, check=True):
+    """train.py in a process of its own, on a plain CPU."""
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(config), *overrides]
+    clean = {k: v for k, v in os.environ.items() if k not in ("PJRT_NPROC",)}
+    done = subprocess.run(
+        command, cwd=ROOT, env={**clean, **(env or {})}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 or not check, done.stderr
+    return done
+
+
+def losses(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {r["step"]: r["loss"] for r in records if "loss" in r}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model.hidden_sise=32"],
+            "key model.hidden_sise; did you mean hidden_size",
+        ),
+        (["trainning.steps=3"], "key trainning; did you mean training"),
+        (["training.steps=many"], "training.steps='many' must be a whole number"),
+        (["training.steps=0"], "training.steps=0 must be at least 1"),
+        (["mesh.expert=3"], "mesh.expert=3 does not divide model.num_local_experts=8"),
+        (["mesh.tensor=4"], "mesh.tensor=4 does not divide model.num_key_value_heads=2"),
+        (["mesh.data=3"], "do not split over"),
+        (["model.exchange=carrier-pigeon"], "is not one of"),
+        (["mesh.expert=2", "model.exchange=local"], "model.exchange=local cannot reach"),
+        (["mesh.expert=2", "model.exchange=ragged"], "exchange=ragged does not run on cpu"),
+        (["mesh.expert=8", "mesh.data=2", "training.batch_size=16"], "needs 16 devices"),
+        (["data.train=/no/such/*.txt"], "/no/such/*.txt"),
+        (["data.tokenizer=/no/such.model"], "/no/such.model"),
+        (["data.tokenizer=README.md"], "README.md"),
+        (["model.vocab_size=20000"], "model.vocab_size=20000"),
+        (["run.resume_step=7"], "run.resume_step=7 is not a checkpoint"),
+        (["training.profile_steps=9"], "must look like 10:12"),
+        (["steps=3"], "must look like section.key=value"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_that_names_it(
+    config_file, tmp_path, capfd, monkeypatch, overrides, message
+):
+    monkeypatch.setattr(sharding, "start", lambda mesh: None)  # the devices are there already
+    monkeypatch.chdir(ROOT)
+    folder = tmp_path / "run"
+    code = train.main(["--config", str(config_file), *overrides, f"run.dir={folder}"])
+    error = capfd.readouterr().err
+    assert code == 2
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [1, 2]", "must be a section"),
+        ("a: b: c", "is not YAML"),
+        ("", "must hold sections"),
+    ],
+)
+def test_a_broken_config_file_is_named(tmp_path, capfd, text, message):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    assert train.main(["--config", str(path)]) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_missing_config_file_is_named(capfd):
+    assert train.main(["--config", "configs/nothing.yaml"]) == 2
+    assert capfd.readouterr().err == "error: config configs/nothing.yaml does not exist\n"
+
+
+def test_too_few_devices_end_the_program_in_one_line(config_file, tmp_path):
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    folder = tmp_path / "run"
+    done = run_train(config_file, "mesh.expert=4", f"run.dir={folder}", env=flags, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: a mesh of mesh.expert=4 needs 4 devices")
+    assert "Traceback" not in done.stderr
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_of_the_project_is_valid(path):
+    config = config_io.load(path)
+    assert config.run.dir
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(config_file, tmp_path):
+    """20 steps; and 10 or a few more, kill -9, and the rest."""
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    run_train(config_file, "mesh.expert=4", f"run.dir={straight}")
+    command = [sys.executable, "train.py", "--config", str(config_file), "mesh.expert=4"]
+    process = subprocess.Popen([*command, f"run.dir={killed}"], cwd=ROOT)
+    deadline = time.monotonic() + 240
+    while not (killed / checkpoint.FOLDER / "10").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert "resuming" in run_train(config_file, "mesh.expert=4", f"run.dir={killed}").stdout
+    assert losses(killed) == losses(straight)
+    assert sorted(losses(killed)) == list(range(1, 21))
+    ends = [checkpoint.read_run(f / checkpoint.FOLDER / "20") for f in (killed, straight)]
+    assert ends[0]["checksums"] == ends[1]["checksums"]
+    assert ends[0]["data_state"] == ends[1]["data_state"]
+
+
+def run_on_two_hosts(config, *overrides, port):
+    """Two processes of four devices each."""
+    command = [sys.executable, "train.py", "--config", str(config), *overrides]
+    clean = {k: v for k, v in os.environ.items() if k not in ("PJRT_NPROC",)}
+    processes = []
+    for rank in range(2):
+        env = {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(rank),
+        }
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, cwd=ROOT, env={**clean, **env}, **pipes)
+        processes.append(process)
+    outputs = [process.communicate(timeout=400)[0].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return outputs
+
+
+@pytest.mark.slow
+def test_two_hosts_train_save_and_resume_as_one(config_file, tmp_path, unused_port):
+    """2 processes x 4 devices against 1 x 8: the same losses, before and after resuming."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    mesh = ["mesh.data=2", "mesh.expert=4", "training.steps=8"]
+    run_train(config_file, *mesh, f"run.dir={one}")
+    first = [*mesh[:2], "training.steps=5", f"run.dir={two}"]
+    run_on_two_hosts(config_file, *first, port=unused_port)
+    outputs = run_on_two_hosts(config_file, *mesh, f"run.dir={two}", port=unused_port + 1)
+    assert "resuming" in outputs[0]
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    ends = [checkpoint.read_run(f / checkpoint.FOLDER / "8") for f in (one, two)]
+    assert ends[0]["data_state"] == ends[1]["data_state"]
