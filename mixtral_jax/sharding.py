@@ -161,6 +161,8 @@ def start(mesh: MeshConfig) -> None:
     processes = int(os.environ.get("JAX_NUM_PROCESSES", "1")) if coordinator else 1
     if mesh.size % processes:
         raise InputError(f"a mesh of {mesh.size} devices does not split over {processes} processes")
+    if "JAX_PLATFORMS" not in os.environ and _has_libtpu() and not _has_accelerator():
+        jax.config.update("jax_platforms", "cpu")  # libtpu complains where there is no TPU
     emulate_cpu_devices(mesh.size // processes)
     if coordinator:
         rank = int(os.environ["JAX_PROCESS_ID"])
@@ -187,7 +189,15 @@ def emulate_cpu_devices(devices: int) -> None:
             os.environ["XLA_FLAGS"] = f"{flags} {patience}".strip()
 
 
+def _has_libtpu() -> bool:
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def _has_accelerator() -> bool:
+    devices = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd", "dxg")
+    return any(glob.glob(f"/dev/{name}") for name in devices)
+
+
 def _on_tpu() -> bool:
     chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
-    asked = os.environ.get("JAX_PLATFORMS", "tpu")
-    return "tpu" in asked and bool(chips) and importlib.util.find_spec("libtpu") is not None
+    return "tpu" in os.environ.get("JAX_PLATFORMS", "tpu") and bool(chips) and _has_libtpu()

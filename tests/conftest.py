@@ -44,6 +44,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("project")
 
 
+@pytest.fixture(scope="module")
+def optimized():
+    """Compile as users do, for tests that look at the compiled program."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture
 def mesh(request):
     """A mesh (data, fsdp, expert, tensor), set; one device unless the parameter says more."""

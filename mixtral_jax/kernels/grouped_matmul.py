@@ -108,9 +108,10 @@ def _rows_times_rows(x_RD, g_RF, group_sizes_E):
     def one_expert(expert, start, size, out_EDF):
         def one_block(first, in_use, sum_DF):
             x_bD = jnp.where(in_use, _block_of(x_RD, first), 0)
+            g_bF = jnp.where(in_use, _block_of(g_RF, first), 0)
             product = lax.dot_general(
                 x_bD,
-                _block_of(g_RF, first),
+                g_bF,
                 (((0,), (0,)), ((), ())),
                 preferred_element_type=sum_DF.dtype,
             )

@@ -25,6 +25,7 @@ class LayerCache(NamedTuple):
     def write(self, k_BLKH: jax.Array, v_BLKH: jax.Array, start_B: jax.Array) -> LayerCache:
         """The cache with row b's L new tokens in slots start[b] .. start[b] + L."""
         cached = sharding.spec("batch", None, "heads", None)
+        start_B = sharding.shard(start_B, "batch")  # a slice of one row may have lost its sharding
 
         def put(cache_BSKH, new_BLKH, start_B):
             return jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))(

@@ -168,4 +168,6 @@ def _sparse_experts(
 
 def _gather(w, axis: int):
     """An expert matrix whole in its model dimension, which is split over fsdp."""
+    if lax.axis_size(sharding.FSDP) == 1:
+        return w  # XLA:CPU would copy it
     return lax.all_gather(w, sharding.FSDP, axis=axis, tiled=True)

@@ -1,0 +1,77 @@
+"""Sample from a checkpoint: python generate.py --checkpoint runs/NAME --prompt TEXT
+
+On standard output, one prompt gives its answer as it is made; a file of prompts gives, for each in
+turn, a line of `> ` and the prompt, then the answer, then an empty line. Everything else, timings
+included, goes to standard error.
+"""
+
+import argparse
+import os
+import sys
+
+from mixtral_jax.config import InputError
+from mixtral_jax.generation import request
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports mistakes as one line, like every other bad input."""
+
+    def error(self, message: str):
+        raise InputError(f"{message}; see --help")
+
+
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = request.Options()
+
+    def option(name, metavar, kind, help):
+        value = getattr(default, name.replace("-", "_"))
+        help = f"{help} (default {value})"
+        parser.add_argument(f"--{name}", metavar=metavar, type=kind, default=value, help=help)
+
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="a run folder, or one of its steps")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT", help="what to go on from; may be empty")
+    prompts.add_argument("--prompt-file", metavar="FILE", help="prompts, one a line")
+    option("max-new-tokens", "N", int, "most tokens to make")
+    option("temperature", "T", float, "0 is greedy; above 1 is wilder than the model")
+    option("top-k", "K", int, "choose from the K most likely tokens; 0 is all")
+    option("top-p", "P", float, "choose from the fewest tokens that make up P; 1 is all")
+    option("seed", "S", int, "the same seed gives the same answer, in any batch")
+    place = "where to compute: mesh.expert=4, model.exchange=padded, model.compute_dtype=float32"
+    add("overrides", nargs="*", metavar="section.key=value", help=place)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        arguments = make_parser().parse_intermixed_args(argv)
+        options = request.Options(
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+        )
+        deployment = request.deployment_from_overrides(arguments.overrides)
+        prompts = [arguments.prompt]
+        if arguments.prompt is None:
+            prompts = request.read_prompts(arguments.prompt_file)
+        from mixtral_jax.generation import command  # only now: it loads JAX
+
+        command.run(arguments.checkpoint, prompts, options, deployment)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever read the answer has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""The worked example of docs/design.md, number by number."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixtral_jax import sharding
+from mixtral_jax.kernels import exchange
+from mixtral_jax.model.moe import dispatch_rows, keep_rows
+
+CHOICES = np.array([[[2, 0], [2, 3], [1, 2]], [[3, 2], [0, 2], [2, 1]]], np.int32)
+NONE = -1
+
+
+def one_device(ids_1TC):
+    """What is sent, received (device 1's assignments plus 10) and where token 0's rows are."""
+    ids_TC = ids_1TC[0]
+    order_A, rank_CT, chosen_E, kept_E = keep_rows(ids_TC, 4, None)
+    body = exchange.make("padded", sharding.EXPERT, 2, tokens=3, experts=4, per_token=2)
+    plan = exchange.plan(body, kept_E)
+    rows = dispatch_rows(ids_TC, order_A, rank_CT, chosen_E, kept_E, plan.offsets_E, body.send_rows)
+    name_R = rows.assignment_R + 10 * jax.lax.axis_index(sharding.EXPERT)
+    sent_R = jnp.where(rows.assignment_R < 6, name_R, NONE)
+    received_RD = exchange.send(body, plan, (sent_R[:, None] - NONE).astype(jnp.float32))
+    out = (order_A, sent_R, received_RD[:, 0] + NONE, plan.group_sizes_e, rows.row_CT[:, 0])
+    return jax.tree.map(lambda a: a[None], out)
+
+
+def test_the_worked_example():
+    mesh = sharding.make_mesh(expert=2)
+    by_device = jax.P(sharding.EXPERT)
+    with jax.set_mesh(mesh):
+        ids = jax.device_put(CHOICES, jax.NamedSharding(mesh, by_device))
+        run = jax.shard_map(one_device, in_specs=by_device, out_specs=by_device)
+        order, sent, received, sizes, token_0 = (np.asarray(a).tolist() for a in jax.jit(run)(ids))
+    none = NONE
+    assert order == [[3, 2, 0, 1, 5, 4], [1, 5, 2, 3, 4, 0]]
+    assert sent == [
+        [3, 2, none, none, none, none, 0, 1, 5, 4, none, none],
+        [11, 15, none, none, none, none, 12, 13, 14, 10, none, none],
+    ]
+    assert received == [
+        [3, 11, 2, 15] + 8 * [none],
+        [0, 1, 5, 12, 13, 14, 4, 10] + 4 * [none],
+    ]
+    assert sizes == [[2, 2], [6, 2]]
+    assert token_0[0] == [6, 0]

@@ -1,0 +1,158 @@
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
+
+from mixtral_jax import sharding
+from mixtral_jax.config import InputError, MeshConfig
+
+
+def one_line(error, *words):
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_a_mesh_has_the_sizes_asked_for_and_explicit_axes():
+    mesh = sharding.make_mesh(data=1, fsdp=2, expert=2, tensor=2)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}
+    assert set(mesh.axis_types) == {AxisType.Explicit}
+    assert sharding.make_mesh().size == 1
+    config = MeshConfig(data=2, tensor=3)
+    assert dict(sharding.mesh_from_config(config).shape) == vars(config)
+
+
+def test_a_mesh_uses_the_devices_it_is_given():
+    devices = jax.devices()[4:]
+    mesh = sharding.make_mesh(expert=2, devices=devices)
+    assert set(mesh.devices.ravel()) == set(devices[:2])
+
+
+def test_too_few_devices():
+    with pytest.raises(InputError) as error:
+        sharding.make_mesh(fsdp=3, expert=4)
+    one_line(error, "mesh.fsdp=3", "mesh.expert=4", "12 devices", "has 8", "smaller mesh")
+    assert "mesh.data" not in str(error.value), "axes of size 1 are not worth naming"
+
+
+def test_on_several_hosts_the_mesh_uses_every_device(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert sharding.mesh_from_config(MeshConfig(expert=8)).size == 8
+    with pytest.raises(InputError) as error:
+        sharding.mesh_from_config(MeshConfig(expert=4))
+    one_line(error, "4 devices", "2 hosts", "8", "all of them")
+
+
+def test_no_mesh_is_set():
+    with pytest.raises(InputError) as error:
+        sharding.current_mesh()
+    one_line(error, "no mesh is set", "jax.set_mesh")
+    other = jax.make_mesh((2,), ("rows",))
+    with jax.set_mesh(other), pytest.raises(InputError):
+        sharding.current_mesh()
+
+
+@pytest.mark.parametrize("mesh", [(2, 1, 3, 1)], indirect=True, ids=["2x1x3x1"])
+def test_shards_of_the_mesh_that_is_set(mesh):
+    assert sharding.expert_shards() == 3
+    assert sharding.batch_shards() == 6
+    assert sharding.current_mesh().shape == mesh.shape
+
+
+def test_logical_axes_become_mesh_axes():
+    spec = sharding.spec("batch", None, "heads", "expert_hidden")
+    batch = ("data", "fsdp", "expert")
+    assert spec == PartitionSpec(batch, None, "tensor", "tensor")
+    assert sharding.spec("experts", "expert_model") == PartitionSpec("expert", "fsdp")
+    assert sharding.spec("layers", "model") == PartitionSpec(None, ("fsdp", "expert"))
+    with pytest.raises(KeyError):
+        sharding.spec("width")
+
+
+def test_rules_name_mesh_axes_only():
+    for axes in sharding.RULES.values():
+        assert set(np.atleast_1d(axes or [])) <= set(sharding.AXES)
+
+
+@pytest.mark.parametrize("mesh", [(1, 2, 2, 2)], indirect=True, ids=["1x2x2x2"])
+def test_shard_moves_an_array(mesh):
+    x = np.arange(24.0).reshape(4, 6)
+    placed = jax.device_put(x, jax.NamedSharding(mesh, sharding.spec("model", "heads")))
+    whole = jax.jit(lambda x: sharding.shard(x, None, None))(placed)
+    assert whole.sharding.is_fully_replicated
+    assert placed.addressable_shards[0].data.shape == (1, 3)
+    np.testing.assert_array_equal(whole, x)
+
+
+def test_parameters_are_placed_by_the_axes_they_were_made_with():
+    mesh = sharding.make_mesh(1, 2, 2, 2)
+    state = nnx.State(
+        {
+            "gate": nnx.Param(
+                np.zeros((4, 6, 10)), logical_axes=("experts", "expert_model", "expert_hidden")
+            ),
+            "norm": nnx.Param(np.zeros(6), logical_axes=(None,)),
+        }
+    )
+    specs = sharding.param_specs(state)
+    assert specs["gate"].get_raw_value() == PartitionSpec("expert", "fsdp", "tensor")
+    placed = jax.device_put(state, sharding.param_shardings(state, mesh))
+    assert placed["gate"].get_raw_value().addressable_shards[0].data.shape == (2, 3, 5)
+    assert placed["norm"].get_raw_value().sharding.is_fully_replicated
+
+
+def test_whole_and_split_by_batch():
+    mesh = sharding.make_mesh(2, 1, 4, 1)
+    x = np.zeros((8, 3))
+    assert jax.device_put(x, sharding.replicated(mesh)).sharding.is_fully_replicated
+    split = jax.device_put(x, sharding.batch_sharding(mesh))
+    assert split.addressable_shards[0].data.shape == (1, 3)
+
+
+# ---- start-up, each in a process of its own ----------------------------------------------------
+
+
+def run(code, **environment):
+    kept = {k: v for k, v in os.environ.items() if k not in ("PJRT_NPROC", "XLA_FLAGS")}
+    code = f"from mixtral_jax.config import MeshConfig\nfrom mixtral_jax import sharding\n{code}"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**kept, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_cpu_is_split_into_the_devices_that_the_mesh_needs():
+    code = """
+import jax
+sharding.start(MeshConfig(data=2, expert=3))
+print(len(jax.devices()))
+mesh = sharding.make_mesh(2, 1, 3)
+x = jax.device_put(jax.numpy.arange(6), jax.NamedSharding(mesh, sharding.spec("batch")))
+with jax.set_mesh(mesh):
+    print(int(jax.jit(jax.numpy.sum)(x)))
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["6", "15"]
+
+
+def test_flags_that_already_say_the_number_of_devices_are_respected():
+    code = "import jax\nsharding.start(MeshConfig(expert=2))\nprint(len(jax.devices()))"
+    done = run(code, XLA_FLAGS="--xla_force_host_platform_device_count=5")
+    assert done.stdout.split() == ["5"], done.stderr
+
+
+def test_a_mesh_that_does_not_split_over_the_processes(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "3")
+    with pytest.raises(InputError) as error:
+        sharding.start(MeshConfig(data=2, expert=2))
+    one_line(error, "4 devices", "3 processes")
