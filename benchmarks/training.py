@@ -5,9 +5,8 @@
 Trains on synthetic tokens. Prints JSON lines: one with seconds to initialise and to compile, median
 and quartiles of the step, tokens/s; then one with each named scope's share of the time (route,
 exchange, experts, combine, attention, head, optimizer, other), from a profile of a few more steps.
-The shares are of the time that all devices' operations took together, waiting for other devices
-excluded. On emulated devices, which share the machine's cores, an operation's time includes the time
-that it waited for a core.
+Shares are of the time that the operations of all devices took together, without waiting for each
+other. On emulated devices, which share the machine's cores, it includes waiting for a core.
 """
 
 from __future__ import annotations
@@ -35,30 +34,36 @@ def scope_of(op_name: str) -> str:
     return next((word for word in reversed(words) if word in SCOPES), "other")
 
 
-def scopes_of_operations(hlo: str) -> dict[str, str]:
-    """From a compiled program's text: each instruction's scope."""
-    pattern = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', re.MULTILINE)
-    return {name: scope_of(op_name) for name, op_name in pattern.findall(hlo)}
-
-
-def shares(trace: pathlib.Path, hlo: str) -> dict[str, float]:
-    """Each scope's share of the operations' time in a trace folder."""
+def operation_times(trace: pathlib.Path, hlo: str) -> collections.Counter[tuple[str, str]]:
+    """Nanoseconds of each (instruction, its full name) of a compiled program in a trace folder."""
     import jax
 
-    scopes, spent = scopes_of_operations(hlo), collections.Counter()
+    pattern = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', re.MULTILINE)
+    names, spent = dict(pattern.findall(hlo)), collections.Counter()
     for file in trace.rglob("*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
             for event in (event for line in plane.lines for event in line.events):
-                if event.name in scopes and not event.name.startswith(CONTAINERS):
-                    spent[scopes[event.name]] += event.duration_ns
-    total = sum(spent.values()) or 1
-    return {name: round(time / total, 4) for name, time in spent.most_common()}
+                if event.name in names and not event.name.startswith(CONTAINERS):
+                    spent[event.name, names[event.name]] += event.duration_ns
+    return spent
+
+
+def print_shares(spent: collections.Counter[tuple[str, str]], operations: int) -> None:
+    """Each scope's share of the operations' time, and the operations that take most."""
+    scopes, total = collections.Counter(), sum(spent.values()) or 1
+    for (_, op_name), duration in spent.items():
+        scopes[scope_of(op_name)] += duration
+    shares = {name: round(duration / total, 4) for name, duration in scopes.most_common()}
+    print(json.dumps({"benchmark": "training scopes", **shares}))
+    for (name, op_name), duration in spent.most_common(operations):
+        print(json.dumps({"operation": name, "share": round(duration / total, 4), "in": op_name}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--operations", type=int, default=0, help="print the longest ones too")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
     overrides = ["data.source=synthetic", *arguments.overrides]
@@ -93,7 +98,7 @@ def main() -> None:
                 for _ in range(3):
                     state, metrics = step(state, batch)
                     jax.block_until_ready(metrics)
-            where = shares(pathlib.Path(folder), step.as_text())
+            spent = operation_times(pathlib.Path(folder), step.as_text())
     low, median, high = np.percentile(times[2:], [25, 50, 75])
     tokens = config.training.batch_size * config.training.sequence_length
     speed = {
@@ -110,7 +115,7 @@ def main() -> None:
         "tokens_per_second": round(tokens / float(median), 1),
     }
     print(json.dumps(speed))
-    print(json.dumps({"benchmark": "training scopes", **where}))
+    print_shares(spent, arguments.operations)
 
 
 if __name__ == "__main__":

@@ -296,18 +296,24 @@ class DataConfig:
     source: str = "files"
     """files, or synthetic: random tokens made on the spot, for benchmarks."""
     train: tuple[SourceConfig, ...] = ()
-    """A glob, a list of globs, or a list of {files: GLOB, weight: W}."""
+    """A glob, a list of globs, or a list of {files: GLOB, weight: W}; a file that several of them
+    name belongs to the first."""
     validation: tuple[SourceConfig, ...] = ()
-    """Held-out text, written like train; empty takes validation_fraction of train's documents."""
+    """Held-out text, written like train, and never trained on; empty takes validation_fraction of
+    train's documents."""
     validation_fraction: float = 0.02
     """Share of the documents of train that are held out when validation is empty."""
     tokenizer: str = ""
     """A SentencePiece model file, or train: make one of model.vocab_size pieces from the data."""
+    interleave: int = 16
+    """Documents that each row of the batch has open, taking a sequence of each in turn: more makes
+    consecutive steps less alike where documents are long."""
     malformed: str = "skip"
     """What a line that cannot be read does: skip (counted and named) or error."""
 
     def __post_init__(self) -> None:
         check_choice("data.source", self.source, ("files", "synthetic"))
+        check_at_least(self, "data", 1, "interleave")
         check_choice("data.malformed", self.malformed, ("skip", "error"))
         if not 0 <= self.validation_fraction < 1:
             raise InputError(f"data.validation_fraction={self.validation_fraction} not in 0..1")

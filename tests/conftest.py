@@ -25,7 +25,7 @@ def start_devices():
         os.environ["XLA_FLAGS"] = f"{before or ''} --xla_cpu_use_fusion_emitters=false"
     jax.config.update("jax_disable_most_optimizations", True)
     sharding.emulate_cpu_devices(8)
-    assert len(jax.devices()) == 8
+    assert len(jax.devices()) == 8, f"the tests need 8 CPU devices, here are {jax.devices()}"
     os.environ.pop("XLA_FLAGS", None)
     if before is not None:
         os.environ["XLA_FLAGS"] = before

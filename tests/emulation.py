@@ -15,7 +15,8 @@ def ragged_all_to_all(
     """What jax.lax.ragged_all_to_all documents, one slice a device, and stricter.
 
     Rows of the result that nobody writes are NaN (there they keep what `output` holds), and the
-    whole result is NaN if sizes disagree, slices overlap or one reaches outside its array.
+    whole result is NaN if sizes disagree, slices overlap or one reaches outside its array. A row
+    sent twice is an error too: JAX's gradient, the same collective in reverse, would lose a part.
     """
     me = lax.axis_index(axis_name)
     arrays = (operand, input_offsets, send_sizes, output_offsets, recv_sizes)
@@ -35,6 +36,9 @@ def ragged_all_to_all(
     legal &= (inputs >= 0).all() & (inputs + sends <= operand.shape[0]).all()
     legal &= (outputs >= 0).all() & (outputs + sends <= output.shape[0]).all()
     legal &= (inside_RX.sum(axis=1) <= 1).all()
+    sent_SXX = jnp.arange(operand.shape[0])[:, None, None] - inputs[None]
+    sent_SXX = (sent_SXX >= 0) & (sent_SXX < sends[None])
+    legal &= (sent_SXX.sum(axis=2) <= 1).all()
     return jnp.where(legal & written_R[:, None], received, jnp.nan).astype(output.dtype)
 
 

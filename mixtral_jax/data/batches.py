@@ -1,10 +1,11 @@
 """Endless batches of packed documents, which resume exactly on any number of hosts.
 
 The documents of all sources, shuffled anew each epoch and mixed by weight, make one endless
-sequence. It is dealt in rounds of batch_size: in round k each row of the batch gets one document of
-numbers k * B to k * B + B - 1. A row lays the tokens of its documents end to end and cuts them into
-sequences, so a row depends on nothing but its own documents, and two integers say where it stands:
-the round, and the place in that round's document.
+sequence. It is dealt to batch_size * data.interleave lanes: in round k each of the B lanes gets one
+document of numbers k * B to k * B + B - 1. A lane lays the tokens of its documents end to end and
+cuts them into sequences, so it depends on nothing but its own documents, and two integers say where
+it stands: the round, and the place in that round's document. Each row of the batch takes a sequence
+from each of its lanes in turn.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class _Batches:
     A subclass says how to make the next batch, and where to go on from.
     """
 
-    def __init__(self, rows: Sequence[int], malformed: MalformedReport):
+    def __init__(self, rows: Sequence[int], malformed: MalformedReport, lanes: int = 1):
         self.malformed = malformed
-        self._state = np.zeros((len(rows), 2), np.int64)
+        self._state = np.zeros((len(rows), 2 * lanes), np.int64)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ready: collections.deque[Future] = collections.deque()
         self._closed = False
@@ -48,18 +49,20 @@ class _Batches:
         """The next batch, and the state after it; runs in the thread."""
         raise NotImplementedError
 
-    def _seek(self, state: np.ndarray) -> None:
-        """Make batches from this state on."""
+    def _seek(self, state: np.ndarray, step: int) -> None:
+        """Make batches from this state on, which came after `step` of them."""
         raise NotImplementedError
 
     @property
     def state(self) -> np.ndarray:
-        """int64 [rows, 2]: where to go on after the last batch handed out. Restore takes it."""
+        """int64 [rows, 2 * lanes]: where to go on after the last batch handed out."""
         return self._state.copy()
 
-    def restore(self, state: np.ndarray) -> None:
+    def restore(self, state: np.ndarray, step: int) -> None:
         """Go on from a state, before the first batch is asked for.
 
+        Args:
+          step: how many batches came before it.
         Raises:
           InputError: if it is not the state of this many rows.
         """
@@ -68,10 +71,10 @@ class _Batches:
         if np.shape(state) != self._state.shape:
             raise InputError(
                 f"the saved data state has shape {np.shape(state)}, not {self._state.shape}: "
-                "resume with the training.batch_size of the run"
+                "resume with the training.batch_size and data.interleave of the run"
             )
         self._state = np.array(state, np.int64)
-        self._seek(self._state)
+        self._seek(self._state, step)
 
     def __iter__(self) -> Self:
         return self
@@ -107,8 +110,8 @@ class SyntheticBatches(_Batches):
         self._rows = list(rows)
         self._step = 0
 
-    def _seek(self, state: np.ndarray) -> None:
-        self._step = int(state[0, 0])
+    def _seek(self, state: np.ndarray, step: int) -> None:
+        self._step = step
 
     def _make(self) -> tuple[Batch, np.ndarray]:
         batch = synthetic_batch(self._config, self._rows, self._step)
@@ -130,7 +133,8 @@ def synthetic_batch(config: Config, rows: Sequence[int], step: int, salt: int = 
 class TrainBatches(_Batches):
     """The given rows of the training batches of a config.
 
-    A row's state is the round and the place in that round's document of its next pair.
+    A row's state is, for each of its lanes, the round and the place in that round's document of its
+    next pair.
 
     Args:
       rows: which of the training.batch_size rows; on several hosts each reads its own.
@@ -145,20 +149,29 @@ class TrainBatches(_Batches):
         corpus: Corpus | None = None,
     ):
         corpus = corpus or open_corpus(config)
-        super().__init__(rows, corpus.malformed)
+        lanes, batch_size = config.data.interleave, config.training.batch_size
+        super().__init__(rows, corpus.malformed, lanes)
         deal = _Deal(config, corpus)
         self._length = config.training.sequence_length
-        self._rows = [_Row(deal, corpus, tokenizer, int(row)) for row in rows]
+        self._rows = [
+            [_Lane(deal, corpus, tokenizer, turn * batch_size + int(row)) for turn in range(lanes)]
+            for row in rows
+        ]
+        self._step = 0
 
-    def _seek(self, state: np.ndarray) -> None:
-        for row, (number, offset) in zip(self._rows, state.tolist(), strict=True):
-            row.number, row.offset = number, offset
+    def _seek(self, state: np.ndarray, step: int) -> None:
+        self._step = step
+        for lanes, places in zip(self._rows, state.tolist(), strict=True):
+            for lane, number, offset in zip(lanes, places[::2], places[1::2], strict=True):
+                lane.number, lane.offset = number, offset
 
     def _make(self) -> tuple[Batch, np.ndarray]:
         batch = empty_batch(len(self._rows), self._length)
-        for place, row in enumerate(self._rows):
-            row.fill(batch.rows(place))
-        return batch, np.array([(row.number, row.offset) for row in self._rows], np.int64)
+        for place, lanes in enumerate(self._rows):
+            lanes[self._step % len(lanes)].fill(batch.rows(place))
+        self._step += 1
+        places = [[(lane.number, lane.offset) for lane in lanes] for lanes in self._rows]
+        return batch, np.array(places, np.int64).reshape(self._state.shape)
 
 
 def train_batches(
@@ -183,7 +196,7 @@ class Shuffle(grain.MapDataset):
     def __init__(self, parent: grain.MapDataset, seed: int, source: int):
         super().__init__(parent)
         self._salts = (SHUFFLE, seed, source)
-        # Rows drift apart, so with few documents they are in many epochs at once.
+        # Lanes drift apart, so with few documents they are in many epochs at once.
         self._order = functools.lru_cache(4 + 2**18 // len(parent))(self._shuffled)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
@@ -198,11 +211,11 @@ class Shuffle(grain.MapDataset):
 
 
 class _Deal:
-    """The endless sequence of documents, dealt to the rows of the batch."""
+    """The endless sequence of documents, dealt to the lanes."""
 
     def __init__(self, config: Config, corpus: Corpus):
         self._seed = config.run.seed
-        self.rows = config.training.batch_size
+        self.lanes = config.training.batch_size * config.data.interleave
         shuffles = [
             grain.MapDataset.source(subset).pipe(Shuffle, self._seed, number).repeat()
             for number, subset in enumerate(corpus.train)
@@ -210,27 +223,27 @@ class _Deal:
         self._sequence = grain.MapDataset.mix(shuffles, corpus.weights)
         shares = [weight / sum(corpus.weights) for weight in corpus.weights]
         self.crowded = any(
-            len(subset) < math.ceil(self.rows * share)
+            len(subset) < math.ceil(self.lanes * share)
             for subset, share in zip(corpus.train, shares, strict=True)
         )
-        """Whether the first round deals some document to several rows. All rows then start inside
-        their first document, each at another part of it: else equal rows would stay equal."""
+        """Whether the first round deals some document to several lanes. All then start inside their
+        first document, each at another part of it: else equal lanes would stay equal."""
 
-    def document(self, number: int, row: int) -> str | None:
-        """What a row gets in round `number`.
+    def document(self, number: int, lane: int) -> str | None:
+        """What a lane gets in round `number`.
 
-        Each round begins at another row: else two sources of one weight would alternate over the
-        rows, and a row would only ever see one of them.
+        Each round begins at another lane: else two sources of one weight would alternate over the
+        lanes, and a lane would only ever see one of them.
         """
-        turn = int(hash64(np.array([number]), DEAL, self._seed)[0] % np.uint64(self.rows))
-        return self._sequence[number * self.rows + (row + turn) % self.rows]
+        turn = int(hash64(np.array([number]), DEAL, self._seed)[0] % np.uint64(self.lanes))
+        return self._sequence[number * self.lanes + (lane + turn) % self.lanes]
 
 
-class _Row:
-    """One row of the batch: its documents laid end to end and cut into sequences."""
+class _Lane:
+    """One lane: its documents laid end to end and cut into sequences."""
 
-    def __init__(self, deal: _Deal, corpus: Corpus, tokenizer: Tokenizer, row: int):
-        self._deal, self._corpus, self._tokenizer, self._row = deal, corpus, tokenizer, row
+    def __init__(self, deal: _Deal, corpus: Corpus, tokenizer: Tokenizer, lane: int):
+        self._deal, self._corpus, self._tokenizer, self._lane = deal, corpus, tokenizer, lane
         self._ids: np.ndarray | None = None
         self.number = 0
         self.offset = 0
@@ -250,7 +263,7 @@ class _Row:
     def _read(self) -> np.ndarray:
         """The ids of this round's document, or of the next one that has text."""
         for tries in itertools.count(1):
-            if text := self._deal.document(self.number, self._row):
+            if text := self._deal.document(self.number, self._lane):
                 break
             if self.offset:
                 raise self._changed()
@@ -262,11 +275,11 @@ class _Row:
         if self.offset >= pairs:
             raise self._changed()
         if self._deal.crowded and self.number == self.offset == 0:
-            self.offset = pairs * self._row // self._deal.rows
+            self.offset = pairs * self._lane // self._deal.lanes
         return ids
 
     def _changed(self) -> InputError:
         return InputError(
-            f"row {self._row} stood at token {self.offset} of its document {self.number}, which is "
-            "shorter now: resume with the files and the tokenizer of the run"
+            f"lane {self._lane} stood at token {self.offset} of its document {self.number}, which "
+            "is shorter now: resume with the files and the tokenizer of the run"
         )

@@ -15,7 +15,7 @@ from mixtral_jax.config import InputError, ModelConfig, check_mesh
 from mixtral_jax.data.tokenizer import StreamDecoder, Tokenizer
 from mixtral_jax.generation.engine import Engine
 from mixtral_jax.generation.request import Deployment, Options, Request, check_requests
-from mixtral_jax.kernels import exchange
+from mixtral_jax.model.moe import check_exchange
 from mixtral_jax.training.checkpoint import find, load_extras, load_model
 
 
@@ -48,7 +48,8 @@ def answer(
     ]
     check_requests(requests, config.vocab_size, config.max_position_embeddings)
     mesh = sharding.mesh_from_config(deployment.mesh)
-    check_exchange(config, mesh)
+    with jax.set_mesh(mesh):
+        check_exchange(config)
     engine = Engine(load_model(path, config, mesh), mesh, extras.tokenizer.eos_id)
     device = mesh.devices.flat[0].device_kind
     _say(f"checkpoint {path}, {config.num_parameters:,} parameters on {mesh.size} x {device}")
@@ -70,19 +71,6 @@ def model_config(trained: ModelConfig, deployment: Deployment) -> ModelConfig:
         config = dataclasses.replace(config, compute_dtype=deployment.compute_dtype)
     check_mesh(config, deployment.mesh)
     return config
-
-
-def check_exchange(config: ModelConfig, mesh: jax.sharding.Mesh) -> None:
-    """Refuse an exchange that the mesh's platform cannot run.
-
-    Raises:
-      InputError: naming the exchange and the platforms that it runs on.
-    """
-    with jax.set_mesh(mesh):
-        try:
-            exchange.resolve(config.exchange, sharding.expert_shards())
-        except ValueError as error:
-            raise InputError(f"model.{error}") from None
 
 
 def decoder_after(tokenizer: Tokenizer, request: Request) -> StreamDecoder:

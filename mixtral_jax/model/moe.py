@@ -18,11 +18,23 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from mixtral_jax import sharding
-from mixtral_jax.config import ModelConfig
+from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.kernels import exchange as exchanges
 from mixtral_jax.kernels.grouped_matmul import grouped_matmul
 from mixtral_jax.model.layers import matrix
 from mixtral_jax.model.router import RoutingStatistics, local_statistics, route
+
+
+def check_exchange(config: ModelConfig) -> None:
+    """Refuse an exchange that cannot run on the platform of the mesh that is set.
+
+    Raises:
+      InputError: naming the exchange and the platforms that it runs on.
+    """
+    try:
+        exchanges.resolve(config.exchange, sharding.expert_shards())
+    except ValueError as error:
+        raise InputError(f"model.{error}") from None
 
 
 class Dispatch(NamedTuple):

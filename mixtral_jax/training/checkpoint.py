@@ -39,7 +39,7 @@ class Extras(NamedTuple):
 
     config: Config
     data_state: np.ndarray
-    """int64 [training.batch_size, 2]: where each row of the batch is in its documents."""
+    """int64, a line for each row of the batch: where it is in its documents."""
     tokenizer: Tokenizer | None
     validation_loss: float | None
 

@@ -20,7 +20,7 @@ from mixtral_jax.data.batches import train_batches
 from mixtral_jax.data.corpus import open_corpus
 from mixtral_jax.data.tokenizer import load_tokenizer
 from mixtral_jax.data.validation import validation_set
-from mixtral_jax.kernels import exchange
+from mixtral_jax.model.moe import check_exchange
 from mixtral_jax.training import report, run_folder
 from mixtral_jax.training.checkpoint import FOLDER, Checkpoints, Extras
 from mixtral_jax.training.metrics import Reporter, training_record
@@ -44,20 +44,12 @@ def train(config: Config) -> None:
     sharding.start(config.mesh)
     mesh = sharding.mesh_from_config(config.mesh)
     with jax.set_mesh(mesh):
-        check_exchange(config)
+        check_exchange(config.model)
         run = Run(config, mesh)
         try:
             run.loop()
         finally:
             run.close()
-
-
-def check_exchange(config: Config) -> None:
-    """Refuse an exchange that the mesh's platform cannot run; call with the mesh set."""
-    try:
-        exchange.resolve(config.model.exchange, config.mesh.expert)
-    except ValueError as error:
-        raise InputError(f"model.{error}") from None
 
 
 @contextlib.contextmanager
@@ -118,7 +110,7 @@ class Run:
         for path in checkpoints.set_aside_after(step):
             _say(f"moved the newer checkpoint to {path}")
         checkpoints.close()
-        self.batches.restore(extras.data_state[self.placement.rows])
+        self.batches.restore(extras.data_state[self.placement.rows], step)
         _say(f"resuming {folder} at step {step}")
         return state, step
 
@@ -222,9 +214,10 @@ class Run:
         return record["validation_loss"]
 
     def _global_data_state(self) -> np.ndarray:
-        """Where every row of the global batch is in its documents: int64 [batch_size, 2]."""
-        mine = np.full((self.config.training.batch_size, 2), -1, np.int64)
-        mine[self.placement.rows] = self.batches.state
+        """Where every row of the global batch is in its documents; one line a row."""
+        local = self.batches.state
+        mine = np.full((self.config.training.batch_size, local.shape[1]), -1, np.int64)
+        mine[self.placement.rows] = local
         if jax.process_count() == 1:
             return mine
         return multihost_utils.process_allgather(mine).max(axis=0)

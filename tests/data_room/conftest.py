@@ -41,7 +41,7 @@ def make_config():
 
     def make(train, *, data=(), run=(), **training):
         model = {"vocab_size": VOCABULARY, "hidden_size": 8, "num_attention_heads": 2}
-        data = {"tokenizer": "train", "validation_fraction": 0, **dict(data)}
+        data = {"tokenizer": "train", "validation_fraction": 0, "interleave": 1, **dict(data)}
         return config_io.from_dict(
             {
                 "model": {**model, "num_key_value_heads": 1},

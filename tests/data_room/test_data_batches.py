@@ -44,10 +44,10 @@ def start(tokenizer):
     """Makes TrainBatches, and closes them after the test."""
     made = []
 
-    def make(config, rows=ALL, state=None):
+    def make(config, rows=ALL, state=None, step=0):
         made.append(TrainBatches(config, tokenizer, rows))
         if state is not None:
-            made[-1].restore(state)
+            made[-1].restore(state, step)
         return made[-1]
 
     yield make
@@ -117,17 +117,43 @@ def test_resuming_is_exact_on_other_hosts(config, start, count):
         np.testing.assert_array_equal(array, np.concatenate(pieces, axis=1))
 
 
+def test_a_row_takes_a_sequence_of_each_of_its_lanes_in_turn(make_config, folder, start, read_row):
+    """Lanes are rows of a larger batch; all of its documents come, each once an epoch."""
+    glob = f"{folder}/*.txt"
+    batches = start(make_config(glob, data={"interleave": 3}))
+    tokens_SBL, targets_SBL, *_ = take(batches, 60)
+    wide = take(start(make_config(glob, batch_size=18), range(18)), 20)
+    for turn in range(3):
+        mine = range(6 * turn, 6 * turn + 6)
+        np.testing.assert_array_equal(tokens_SBL[turn::3], wide[0][:, mine])
+        for row in ALL:
+            read_row(tokens_SBL[turn::3, row], targets_SBL[turn::3, row])
+
+
+@pytest.mark.parametrize("count", [4, 6])
+def test_resuming_goes_on_with_the_next_lane(make_config, folder, start, count):
+    config = make_config(f"{folder}/*.txt", data={"interleave": 3})
+    first = start(config)
+    take(first, count)
+    state = first.state
+    assert state.shape == (6, 6)
+    expected = take(first, 10)
+    again = [take(start(config, rows, state[rows], count), 10) for rows in ([0, 1], [2, 3, 4, 5])]
+    for array, *pieces in zip(expected, *again):
+        np.testing.assert_array_equal(array, np.concatenate(pieces, axis=1))
+
+
 def test_restore_refuses_what_cannot_be_right(config, start, folder):
     batches = start(config)
     with pytest.raises(InputError, match=r"shape \(4, 2\), not \(6, 2\)"):
-        batches.restore(np.zeros((4, 2)))
+        batches.restore(np.zeros((4, 2)), 0)
     next(batches)
     with pytest.raises(RuntimeError, match="before the first batch"):
-        batches.restore(batches.state)
+        batches.restore(batches.state, 1)
     state = batches.state
     for path in folder.glob("*.txt"):
         path.write_text("x")
-    with pytest.raises(InputError, match=r"row \d stood at token \d+ of its document \d+"):
+    with pytest.raises(InputError, match=r"lane \d stood at token \d+ of its document \d+"):
         next(start(config, state=state))
 
 
@@ -250,7 +276,7 @@ def test_synthetic_batches(make_config):
     resumed = train_batches(config, None, [4, 1])
     state = batches.state
     assert state.tolist() == [[20, 0]] * 6
-    resumed.restore(state[[4, 1]])
+    resumed.restore(state[[4, 1]], 20)
     for array, other in zip(take(batches, 3), take(resumed, 3)):
         np.testing.assert_array_equal(array[:, [4, 1]], other)
     assert batches.malformed.count == 0

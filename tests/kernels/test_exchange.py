@@ -323,6 +323,7 @@ def test_the_emulation_gives_the_example_of_jax():
         {"output_offsets": [[0, 0], [4, 2]]},  # past the end of the output
         {"input_offsets": [[0, 2], [0, 1]]},  # past the end of the operand
         {"input_offsets": [[-1, 1], [0, 1]]},
+        {"input_offsets": [[0, 0], [0, 1]]},  # one row to two devices
     ],
 )
 def test_the_emulation_rejects_what_jax_leaves_undefined(wrong):

@@ -10,8 +10,8 @@ import oracle
 import pytest
 from emulation import ragged_on_cpu
 from flax import nnx
-from harness import abstract, place, plain, random_parameters
-from hypothesis import given, settings
+from harness import abstract, describe, place, plain, random_parameters
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mixtral_jax import sharding
@@ -160,14 +160,11 @@ MESHES = [
     (1, 4, 1, 2),
     (2, 1, 2, 2),
 ]
+ODD_MESHES = [(1, 1, 3, 1), (3, 1, 1, 2), (1, 3, 2, 1), (1, 1, 2, 3), (5, 1, 1, 1), (1, 1, 6, 1)]
 CAPACITY_MESHES = [ONE, (1, 1, 4, 1), (1, 2, 2, 2), (2, 2, 2, 1)]
 
 
-def name_of(mesh):
-    return "x".join(map(str, mesh))
-
-
-@pytest.mark.parametrize("mesh", MESHES, ids=name_of)
+@pytest.mark.parametrize("mesh", MESHES, ids=describe)
 def test_every_mesh_gives_the_oracles_values_gradients_and_statistics(mesh):
     for name in CASES:
         arguments, wanted = case(name)
@@ -177,7 +174,7 @@ def test_every_mesh_gives_the_oracles_values_gradients_and_statistics(mesh):
         np.testing.assert_array_equal(actual[1].assignments_E, wanted[1].assignments_E)
 
 
-@pytest.mark.parametrize("mesh", [ONE, (1, 1, 4, 1), (2, 1, 2, 2)], ids=name_of)
+@pytest.mark.parametrize("mesh", [ONE, (1, 1, 4, 1), (2, 1, 2, 2)], ids=describe)
 def test_one_choice_and_all_tokens_to_one_expert(mesh):
     """Every row of every device lands on one expert; the others have no row, and no gradient."""
     arguments = forced([5], num_experts_per_tok=1)
@@ -191,7 +188,7 @@ def test_one_choice_and_all_tokens_to_one_expert(mesh):
         assert gradients[name][5].any()
 
 
-@pytest.mark.parametrize("mesh", [ONE, (2, 1, 2, 1)], ids=name_of)
+@pytest.mark.parametrize("mesh", [ONE, (2, 1, 2, 1)], ids=describe)
 @pytest.mark.parametrize("k", [3, E])
 def test_more_choices_up_to_every_expert(mesh, k):
     arguments = draw(4, num_experts_per_tok=k, real=0.8)
@@ -228,7 +225,7 @@ def test_capacity_is_rounded_up(factor, tokens, k, experts, rows):
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.3])
-@pytest.mark.parametrize("mesh", CAPACITY_MESHES, ids=name_of)
+@pytest.mark.parametrize("mesh", CAPACITY_MESHES, ids=describe)
 def test_capacity_drops_what_its_rule_says(mesh, factor):
     """Outputs, gradients and the count: the oracle applies the rule device by device."""
     devices = math.prod(mesh[:3])
@@ -309,35 +306,59 @@ def test_bodies_that_cannot_run_here_are_refused():
 # ---- any shape ---------------------------------------------------------------------------------
 
 
-@st.composite
-def layers(draw):
-    """A mesh and sizes that split over it, a share of padding, and experts that are preferred."""
-    mesh = draw(st.sampled_from([m for m in MESHES if math.prod(m) > 1]))
+def layer_of(mesh, experts, k, widths, rows, length, *, real, preferred, capacity, exchange=""):
+    """A layer that splits over a mesh: its sizes are multiples of what they are split over."""
     data, fsdp, expert, tensor = mesh
-    experts = expert * draw(st.integers(1, 3))
     changes = {
-        "num_local_experts": experts,
-        "num_experts_per_tok": draw(st.integers(1, min(experts, 3))),
-        "hidden_size": 2 * fsdp * expert * draw(st.integers(1, 3)),
-        "intermediate_size": tensor * draw(st.integers(1, 7)),
+        "num_local_experts": expert * experts,
+        "num_experts_per_tok": min(k, expert * experts),
+        "hidden_size": 2 * fsdp * expert * widths[0],
+        "intermediate_size": tensor * widths[1],
         "num_attention_heads": 1,
         "num_key_value_heads": 1,
     }
-    rows = data * fsdp * expert * draw(st.integers(1, 2))
-    sizes = {"batch": rows, "length": draw(st.integers(1, 6))}
-    preferred = draw(st.sets(st.integers(0, experts - 1)))
-    capacity = draw(st.sampled_from([None, None, 0.5, 1.25]))
-    return mesh, changes, sizes, draw(st.sampled_from([1.0, 0.5])), preferred, capacity
+    sizes = {"batch": data * fsdp * expert * rows, "length": length, "real": real}
+    return mesh, changes, sizes, preferred, capacity, exchange if expert > 1 else ""
 
 
+@st.composite
+def layers(draw):
+    """A layer on a mesh, a share of padding, and experts that are preferred."""
+    mesh = draw(st.sampled_from([*MESHES[1:], *ODD_MESHES]))
+    experts = draw(st.integers(1, 3))
+    return layer_of(
+        mesh,
+        experts,
+        draw(st.integers(1, 3)),
+        (draw(st.integers(1, 3)), draw(st.integers(1, 7))),
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 6)),
+        real=draw(st.sampled_from([1.0, 0.5])),
+        preferred=draw(st.sets(st.integers(0, mesh[2] * experts - 1))),
+        capacity=draw(st.sampled_from([None, None, 0.5, 1.25])),
+        exchange=draw(st.sampled_from(["", "ragged"])),
+    )
+
+
+THREE = layer_of(
+    (1, 1, 3, 2), 3, 2, (1, 3), 1, 5, real=0.8, preferred={7}, capacity=0.7, exchange="ragged"
+)
+FIVE = layer_of((5, 1, 1, 1), 7, 3, (2, 3), 1, 3, real=0.8, preferred={6}, capacity=1.0)
+SIX = layer_of((1, 1, 6, 1), 2, 3, (1, 5), 1, 3, real=0.7, preferred={4, 11}, capacity=None)
+
+
+@example(THREE, 1)
+@example(FIVE, 2)
+@example(SIX, 3)
 @given(layers(), st.integers(0, 1000))
-@settings(max_examples=8)
+@settings(max_examples=6)
 def test_any_shape_on_any_mesh(layer, seed):
-    mesh, changes, sizes, real, preferred, capacity = layer
-    params, x_BLD, real_BL, g = draw(seed, **sizes, real=real, **changes)
+    mesh, changes, sizes, preferred, capacity, exchange = layer
+    params, x_BLD, real_BL, g = draw(seed, **sizes, **changes)
     x_BLD[..., 0] = 1
     params["router_DE"][...][0, list(preferred)] += 20  # the others get what is left, or nothing
-    actual = compiled(mesh, capacity_factor=capacity, **changes)(params, x_BLD, real_BL, g)
+    run = compiled(mesh, capacity_factor=capacity, exchange=exchange, **changes)
+    actual = run(params, x_BLD, real_BL, g)
     k, devices = changes["num_experts_per_tok"], math.prod(mesh[:3])
     wanted = expected(params, x_BLD, real_BL, g, k, capacity, devices)
     oracle.close(actual, wanted)
