@@ -76,6 +76,7 @@ EVERY_KEY = {
         "validation": [{"files": "{stdlib}/**/*.py", "weight": 0.5}],
         "validation_fraction": 0.1,
         "tokenizer": "some model",
+        "interleave": 5,
         "malformed": "error",
     },
     "run": {"dir": "somewhere/else", "seed": 9, "resume_step": 5},
@@ -406,6 +407,7 @@ def test_training_values_are_checked(training, words):
     [
         ({"source": "web"}, ["data.source='web'", "'synthetic'"]),
         ({"malformed": "ignore"}, ["data.malformed='ignore'"]),
+        ({"interleave": 0}, ["data.interleave=0", "at least 1"]),
         ({"validation_fraction": 1}, ["data.validation_fraction=1"]),
         ({"train": [5]}, ["data.train", "5", "glob"]),
         ({"train": {"weight": 2}}, ["data.train", "files"]),

@@ -15,8 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mixtral_jax import sharding
-from mixtral_jax.config import ModelConfig
-from mixtral_jax.model.moe import MoE, capacity_of
+from mixtral_jax.config import InputError, ModelConfig
+from mixtral_jax.model.moe import MoE, capacity_of, check_exchange
 from mixtral_jax.model.router import RoutingStatistics
 
 B, L, D, F, E, K = 16, 5, 24, 10, 8, 2  # 8 experts and 16 rows, for meshes of 8
@@ -301,6 +301,16 @@ def test_bodies_that_cannot_run_here_are_refused():
         layer = nnx.merge(graphdef, params)
         with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
             layer(x_BLD, real_BL)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 2, 1)], indirect=True, ids=["1x1x2x1"])
+def test_an_exchange_that_cannot_run_is_bad_input(mesh):
+    check_exchange(make_config())
+    check_exchange(make_config(exchange="padded"))
+    with pytest.raises(
+        InputError, match=r"^model\.exchange=ragged does not run on cpu .*padded.*$"
+    ):
+        check_exchange(make_config(exchange="ragged"))
 
 
 # ---- any shape ---------------------------------------------------------------------------------
