@@ -105,6 +105,9 @@ class ModelConfig:
         check_at_least(
             self, "model", 0, "load_balance_weight", "router_z_weight", "initializer_range"
         )
+        for name in ("rope_theta", "rms_norm_eps"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"model.{name}={getattr(self, name)} must be above 0")
         check_choice("model.preset", self.preset, ("", *PRESETS))
         check_choice("model.remat", self.remat, REMAT_POLICIES)
         check_choice("model.exchange", self.exchange, ("", *EXCHANGES))
@@ -245,9 +248,14 @@ class TrainingConfig:
             self, "training", 0, "weight_decay", "clip_norm", "z_loss_weight", "adam_eps"
         )
         check_choice("training.schedule", self.schedule, SCHEDULES)
-        for name in ("decay_fraction", "final_learning_rate_ratio", "adam_beta1", "adam_beta2"):
+        for name in ("decay_fraction", "final_learning_rate_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"training.{name}={getattr(self, name)} must lie in 0..1")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(
+                    f"training.{name}={getattr(self, name)} must lie in 0..1, below 1"
+                )
         if self.batch_size % self.gradient_accumulation:
             raise InputError(
                 f"training.gradient_accumulation={self.gradient_accumulation} does not divide "

@@ -130,8 +130,10 @@ def apply_overrides(values: dict, overrides: typing.Sequence[str]) -> dict:
         except yaml.YAMLError:
             value = raw
         target = merged.get(section)
-        if not isinstance(target, dict):
+        if target is None:
             target = merged[section] = {}
+        if not isinstance(target, dict):
+            raise InputError(f"{section}: {target!r} must be a section with keys")
         target[key] = value
     return merged
 

@@ -159,17 +159,30 @@ def start(mesh: MeshConfig) -> None:
       InputError: if the mesh does not split over the processes.
     """
     coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    processes = int(os.environ.get("JAX_NUM_PROCESSES", "1")) if coordinator else 1
+    processes = _number_in("JAX_NUM_PROCESSES") if coordinator else 1
     if mesh.size % processes:
         raise InputError(f"a mesh of {mesh.size} devices does not split over {processes} processes")
     if "JAX_PLATFORMS" not in os.environ and _has_libtpu() and not _has_accelerator():
         jax.config.update("jax_platforms", "cpu")  # libtpu complains where there is no TPU
     emulate_cpu_devices(mesh.size // processes)
     if coordinator:
-        rank = int(os.environ["JAX_PROCESS_ID"])
-        jax.distributed.initialize(coordinator, processes, rank)
+        jax.distributed.initialize(coordinator, processes, _number_in("JAX_PROCESS_ID"))
     elif _on_tpu() or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         jax.distributed.initialize()
+
+
+def _number_in(variable: str) -> int:
+    """What an environment variable says.
+
+    Raises:
+      InputError: if it is not set to a whole number.
+    """
+    text = os.environ.get(variable, "")
+    if not text.isdecimal():
+        raise InputError(
+            f"{variable}={text!r} must be a whole number: JAX_COORDINATOR_ADDRESS is set"
+        )
+    return int(text)
 
 
 def emulate_cpu_devices(devices: int) -> None:

@@ -4,7 +4,9 @@ import os
 import socket
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu compiles here, it looks for no TPU
+# libtpu compiles here: it looks for no TPU, and another process may use it too.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import hypothesis
 import jax

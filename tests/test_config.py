@@ -458,3 +458,17 @@ def test_local_exchange_with_experts_on_other_devices():
     values = {"model": {**SMALL, "exchange": "local"}, "mesh": {"expert": 2}}
     refused(values, "model.exchange=local", "expert=2", "padded or ragged")
     config_io.from_dict({**values, "mesh": {"fsdp": 2}})
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["model.rope_theta=0", "model.rms_norm_eps=-1", "training.adam_beta1=1", "data.interleave=0"],
+)
+def test_values_that_could_only_give_nan_are_refused(key):
+    with pytest.raises(InputError, match=key.split("=")[0]):
+        config_io.from_dict(config_io.apply_overrides({}, [key]))
+
+
+def test_an_override_does_not_hide_a_section_that_is_none():
+    with pytest.raises(InputError, match="model: 5 must be a section"):
+        config_io.apply_overrides({"model": 5}, ["model.vocab_size=7"])

@@ -156,3 +156,21 @@ def test_a_mesh_that_does_not_split_over_the_processes(monkeypatch):
     with pytest.raises(InputError) as error:
         sharding.start(MeshConfig(data=2, expert=2))
     one_line(error, "4 devices", "3 processes")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two' must be a whole number"),
+        ({"JAX_NUM_PROCESSES": "1"}, "JAX_PROCESS_ID='' must be a whole number"),
+    ],
+)
+def test_a_coordinator_needs_the_numbers_of_the_processes(monkeypatch, variables, message):
+    monkeypatch.setattr(sharding, "emulate_cpu_devices", lambda devices: None)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message):
+        sharding.start(MeshConfig())

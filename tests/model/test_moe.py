@@ -357,6 +357,7 @@ FIVE = layer_of((5, 1, 1, 1), 7, 3, (2, 3), 1, 3, real=0.8, preferred={6}, capac
 SIX = layer_of((1, 1, 6, 1), 2, 3, (1, 5), 1, 3, real=0.7, preferred={4, 11}, capacity=None)
 
 
+@pytest.mark.slow
 @example(THREE, 1)
 @example(FIVE, 2)
 @example(SIX, 3)
