@@ -253,9 +253,7 @@ class TrainingConfig:
                 raise InputError(f"training.{name}={getattr(self, name)} must lie in 0..1")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise InputError(
-                    f"training.{name}={getattr(self, name)} must lie in 0..1, below 1"
-                )
+                raise InputError(f"training.{name}={getattr(self, name)} must lie in 0..1, below 1")
         if self.batch_size % self.gradient_accumulation:
             raise InputError(
                 f"training.gradient_accumulation={self.gradient_accumulation} does not divide "

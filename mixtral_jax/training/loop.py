@@ -75,6 +75,7 @@ class Run:
 
     def __init__(self, config: Config, mesh: jax.sharding.Mesh):
         self.config, self.mesh = config, mesh
+        self._profiling = False
         begun = run_folder.check(config)
         folder = pathlib.Path(config.run.dir)
         self.placement = Placement(config, mesh)
@@ -181,9 +182,15 @@ class Run:
         steps = self.config.training.profile_range
         if steps and step == steps[0]:
             jax.profiler.start_trace(str(self.folder / "profile"))
-        if steps and step == steps[1] + 1:
+            self._profiling = True
+        if self._profiling and step > steps[1]:
+            self._end_profile()
+
+    def _end_profile(self) -> None:
+        if self._profiling:
+            self._profiling = False
             jax.profiler.stop_trace()
-            self.reporter.say(f"profile of steps {steps[0]} to {steps[1]}: {self.folder}/profile")
+            self.reporter.say(f"profile: {self.folder}/profile")
 
     # ---- validation and checkpoints ------------------------------------------------------------
 
@@ -226,6 +233,7 @@ class Run:
 
     def _finish(self) -> None:
         """Draw the report and say how the run went."""
+        self._end_profile()
         self.checkpoints.wait()
         malformed = self.batches.malformed
         if jax.process_index() != 0:
@@ -244,6 +252,7 @@ class Run:
         print("\n".join([*lines, f"report: {path}", f"checkpoints: {self.folder / FOLDER}"]))
 
     def close(self) -> None:
+        self._end_profile()
         self.batches.close()
         self.reporter.close()
         self.checkpoints.close()
