@@ -153,14 +153,6 @@ def test_text_is_scored_in_bits_per_byte(tmp_path):
     assert saved.get_piece_size() == 300
 
 
-@pytest.mark.parametrize("steps", ["1:1", "2:3"])
-def test_a_profile_is_written(tmp_path, steps):
-    """Also where the last step of the run is the last one to trace."""
-    training = {"profile_steps": steps, "validate_every": 0, "steps": 3}
-    loop.train(synthetic(tmp_path / "run", training=training))
-    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
-
-
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
