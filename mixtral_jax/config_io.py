@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import pathlib
+import re
 import types
 import typing
 
@@ -126,7 +127,8 @@ def apply_overrides(values: dict, overrides: typing.Sequence[str]) -> dict:
         if not (equals and dot and section and key):
             raise InputError(f"override {text!r} must look like section.key=value")
         try:
-            value = yaml.safe_load(raw)
+            # YAML 1.1 reads 10:12 as a number in base 60; in a file, quote it.
+            value = raw if re.fullmatch(r"\d+:\d+", raw) else yaml.safe_load(raw)
         except yaml.YAMLError:
             value = raw
         target = merged.get(section)
