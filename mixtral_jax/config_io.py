@@ -22,6 +22,17 @@ from mixtral_jax.config import (
 )
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 without its numbers in base 60, as which it would read 10:12."""
+
+
+_RANGE = ("tag:yaml.org,2002:str", re.compile(r"^\d+:\d+$"))  # ahead of the others: it decides
+_Loader.yaml_implicit_resolvers = {
+    first: [_RANGE, *patterns]
+    for first, patterns in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _nearest(key: str, valid: typing.Iterable[str]) -> str:
     close = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(valid)}"
@@ -127,8 +138,7 @@ def apply_overrides(values: dict, overrides: typing.Sequence[str]) -> dict:
         if not (equals and dot and section and key):
             raise InputError(f"override {text!r} must look like section.key=value")
         try:
-            # YAML 1.1 reads 10:12 as a number in base 60; in a file, quote it.
-            value = raw if re.fullmatch(r"\d+:\d+", raw) else yaml.safe_load(raw)
+            value = yaml.load(raw, Loader=_Loader)
         except yaml.YAMLError:
             value = raw
         target = merged.get(section)
@@ -144,7 +154,7 @@ def read_yaml(path: str | pathlib.Path) -> dict:
     """A YAML file as a dictionary; every failure is an InputError that names the file."""
     path = pathlib.Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise InputError(f"config {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:

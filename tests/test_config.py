@@ -472,3 +472,10 @@ def test_values_that_could_only_give_nan_are_refused(key):
 def test_an_override_does_not_hide_a_section_that_is_none():
     with pytest.raises(InputError, match="model: 5 must be a section"):
         config_io.apply_overrides({"model": 5}, ["model.vocab_size=7"])
+
+
+def test_a_range_of_steps_is_text_in_a_file_and_on_the_command_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("training:\n  profile_steps: 10:12\n")
+    assert config_io.load(path).training.profile_range == (10, 12)
+    assert config_io.load(path, ["training.profile_steps=2:3"]).training.profile_range == (2, 3)
