@@ -310,7 +310,8 @@ class DataConfig:
     validation_fraction: float = 0.02
     """Share of the documents of train that are held out when validation is empty."""
     tokenizer: str = ""
-    """A SentencePiece model file, or train: make one of model.vocab_size pieces from the data."""
+    """A SentencePiece model file; mistral-v1, mistral-v2 or mistral-v3, which the package
+    mistral-common holds; or train: make one of model.vocab_size pieces from the data."""
     interleave: int = 16
     """Documents that each row of the batch has open, taking a sequence of each in turn: more makes
     consecutive steps less alike where documents are long."""

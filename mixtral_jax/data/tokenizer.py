@@ -14,6 +14,7 @@ import sentencepiece
 
 from mixtral_jax.config import Config, InputError
 from mixtral_jax.data.corpus import Corpus, open_corpus
+from mixtral_jax.data.released import released_file
 
 SAMPLE_BYTES = 10_000_000
 LINE_CHARACTERS = 1000  # SentencePiece silently drops lines above 4192 bytes
@@ -22,15 +23,32 @@ LINE_CHARACTERS = 1000  # SentencePiece silently drops lines above 4192 bytes
 class Tokenizer:
     """A SentencePiece model with the BOS and EOS that training and sampling put around text."""
 
-    def __init__(self, processor: sentencepiece.SentencePieceProcessor):
+    version: str | None
+    """Which of Mistral's instruct templates it is for: v1, v2, v3, or None for a later one.
+
+    v1, the template of plain text, is for every model without the control piece [INST], ours
+    included. The pieces of v2 and v3 say less: what mistral-common has as v2 was released with
+    weights as v3, in a file `tokenizer.model`, so it is v2 only where the file's name ends in .v2.
+    """
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor, name: str = ""):
+        """Args: a loaded model, and the name of its file, whose ending may tell the version."""
         self._processor = processor
         self.vocab_size: int = processor.vocab_size()
         self.bos_id: int = processor.bos_id()
         self.eos_id: int = processor.eos_id()
+        if not self._is_control("[INST]"):
+            self.version = "v1"
+        elif self._is_control("[SYSTEM_PROMPT]"):
+            self.version = None
+        else:
+            self.version = "v2" if name.endswith(".v2") else "v3"
 
     @classmethod
     def from_bytes(cls, model_bytes: bytes, name: str = "the tokenizer") -> Tokenizer:
         """The tokenizer of a serialised SentencePiece model, which errors call `name`.
+
+        A name that ends in .v2 makes its version v2 where its pieces allow v2 and v3.
 
         Raises:
           InputError: if it is none, or has no BOS or EOS.
@@ -45,7 +63,16 @@ class Tokenizer:
             ) from None
         if processor.bos_id() < 0 or processor.eos_id() < 0:
             raise InputError(f"{name} has no BOS or no EOS: train it with bos_id=1, eos_id=2")
-        return cls(processor)
+        return cls(processor, name)
+
+    @classmethod
+    def from_name_or_file(cls, name: str | os.PathLike) -> Tokenizer:
+        """The tokenizer that a user names: mistral-v1, mistral-v2, mistral-v3, or a file.
+
+        Raises:
+          InputError: as from_file; or saying how to get the released tokenizers.
+        """
+        return cls.from_file(released_file(os.fspath(name)) or name)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> Tokenizer:
@@ -81,6 +108,19 @@ class Tokenizer:
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise InputError(f"tokenizer {path} cannot be written: {error.strerror}") from None
+
+    def control_id(self, piece: str) -> int:
+        """Id of a control piece, such as "[INST]", which no text becomes.
+
+        Raises:
+          ValueError: if the model has none of this name.
+        """
+        if not self._is_control(piece):
+            raise ValueError(f"{piece!r} is no control piece of a {self.version} tokenizer")
+        return self._processor.piece_to_id(piece)
+
+    def _is_control(self, piece: str) -> bool:
+        return self._processor.is_control(self._processor.piece_to_id(piece))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS and EOS. No text becomes a control id: "</s>" is four letters.
@@ -230,7 +270,7 @@ def load_tokenizer(
     if name == "train" and (cached is None or not os.path.exists(cached)):
         return train_tokenizer((corpus or open_corpus(config)).training_texts(), wanted)
     path = cached if name == "train" else name
-    tokenizer = Tokenizer.from_file(path)
+    tokenizer = Tokenizer.from_name_or_file(path)
     if tokenizer.vocab_size != wanted:
         raise InputError(
             f"tokenizer {path} has {tokenizer.vocab_size} pieces and model.vocab_size={wanted}: "

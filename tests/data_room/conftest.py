@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax import config_io
-from mixtral_jax.data.tokenizer import train_tokenizer
+from mixtral_jax.data.tokenizer import Tokenizer, train_tokenizer
 
 STDLIB = pathlib.Path(sysconfig.get_paths()["stdlib"])
 MODULES = sorted((STDLIB / "json").glob("*.py")) + sorted((STDLIB / "email").glob("[a-h]*.py"))
@@ -71,3 +71,10 @@ def read_row(tokenizer):
         return texts, len(tokens) - starts[-1]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def released():
+    """The tokenizers that Mistral released, by version."""
+    pytest.importorskip("mistral_common")
+    return {v: Tokenizer.from_name_or_file(f"mistral-{v}") for v in ("v1", "v2", "v3")}
