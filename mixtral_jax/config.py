@@ -46,6 +46,9 @@ class ModelConfig:
 
     preset: str = ""
     """Name of a released model whose sizes are the defaults: mixtral_8x7b or mixtral_8x22b."""
+    checkpoint: str = ""
+    """A folder with weights to start from, in any form that generate.py takes; its sizes, and
+    without data.tokenizer its tokenizer, are the run's. Empty starts from random weights."""
     vocab_size: int = 32000
     """Rows of the embedding and columns of the head (V)."""
     hidden_size: int = 4096
@@ -361,7 +364,8 @@ class Config:
                 f"training.sequence_length={self.training.sequence_length} is more than "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}"
             )
-        if self.data.source == "files" and self.data.train and not self.data.tokenizer:
+        tokenizer = self.data.tokenizer or self.model.checkpoint
+        if self.data.source == "files" and self.data.train and not tokenizer:
             raise InputError(
                 "data.tokenizer is empty: name a SentencePiece model file, or write "
                 "data.tokenizer=train to make one from the data"

@@ -16,6 +16,7 @@ Lower case is a per-device size where it differs: e = E / X local experts, d and
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import glob
 import importlib.util
@@ -105,6 +106,20 @@ def current_mesh() -> jax.sharding.AbstractMesh:
     if mesh.empty or set(mesh.axis_names) != set(AXES):
         raise InputError("no mesh is set: run inside `with jax.set_mesh(sharding.make_mesh()):`")
     return mesh
+
+
+def mesh_of(x: jax.Array) -> contextlib.AbstractContextManager:
+    """A block in which a mesh is set: the current one, or else the one that an array lies on.
+
+    Raises:
+      InputError: if no mesh is set, and the array lies on none or is being traced.
+    """
+    if not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    where = None if isinstance(x, jax.core.Tracer) else x.sharding
+    if not isinstance(where, NamedSharding):
+        current_mesh()  # says what to do
+    return jax.set_mesh(where.mesh)
 
 
 def expert_shards() -> int:

@@ -13,7 +13,7 @@ import yaml
 
 import train
 from mixtral_jax import config_io, sharding
-from mixtral_jax.training import checkpoint
+from mixtral_jax.interop import own
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = {
@@ -163,14 +163,14 @@ def test_a_killed_run_goes_on_bit_for_bit(config_file, tmp_path):
     command = [sys.executable, "train.py", "--config", str(config_file), "mesh.expert=4"]
     process = subprocess.Popen([*command, f"run.dir={killed}"], cwd=ROOT, env=environment())
     deadline = time.monotonic() + 240
-    while not (killed / checkpoint.FOLDER / "10").exists() and time.monotonic() < deadline:
+    while not (killed / own.FOLDER / "10").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert "resuming" in run_train(config_file, "mesh.expert=4", f"run.dir={killed}").stdout
     assert losses(killed) == losses(straight)
     assert sorted(losses(killed)) == list(range(1, 21))
-    ends = [checkpoint.read_run(f / checkpoint.FOLDER / "20") for f in (killed, straight)]
+    ends = [own.read_run(f / own.FOLDER / "20") for f in (killed, straight)]
     assert ends[0]["checksums"] == ends[1]["checksums"]
     assert ends[0]["data_state"] == ends[1]["data_state"]
 
@@ -204,7 +204,7 @@ def test_two_hosts_train_save_and_resume_as_one(config_file, tmp_path, unused_po
     outputs = run_on_two_hosts(config_file, *mesh, f"run.dir={two}", port=unused_port + 1)
     assert "resuming" in outputs[0]
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-    ends = [checkpoint.read_run(f / checkpoint.FOLDER / "8") for f in (one, two)]
+    ends = [own.read_run(f / own.FOLDER / "8") for f in (one, two)]
     assert ends[0]["data_state"] == ends[1]["data_state"]
 
 

@@ -23,6 +23,7 @@ from mixtral_jax.config import (
 EVERY_KEY = {
     "model": {
         "preset": "mixtral_8x22b",
+        "checkpoint": "weights/of a model",
         "vocab_size": 606,
         "hidden_size": 96,
         "intermediate_size": 34,

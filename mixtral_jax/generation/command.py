@@ -6,7 +6,8 @@ import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 
@@ -15,47 +16,81 @@ from mixtral_jax.config import InputError, ModelConfig, check_mesh
 from mixtral_jax.data.tokenizer import StreamDecoder, Tokenizer
 from mixtral_jax.generation.engine import Engine
 from mixtral_jax.generation.request import Deployment, Options, Request, check_requests
+from mixtral_jax.interop.folders import recognise
+from mixtral_jax.interop.models import open_checkpoint
 from mixtral_jax.model.moe import check_exchange
-from mixtral_jax.training.checkpoint import find, load_extras, load_model
 
 
 def run(
     checkpoint: str | pathlib.Path, prompts: Sequence[str], options: Options, deployment: Deployment
 ) -> None:
-    """Print the answers of a checkpoint's model on standard output; see `print_answers`.
+    """Print how a checkpoint's model goes on from prompts, on standard output; see `print_answers`.
 
     Starts JAX for the deployment's mesh, so call it once per process.
 
     Raises:
       InputError: for what a user can mend; no answer has been printed then.
     """
-    path = find(checkpoint)
+    deployed = deploy(checkpoint, deployment)
+    tokenizer = deployed.tokenizer
+    ids = [(tokenizer.bos_id, *tokenizer.encode(prompt)) for prompt in prompts]
+    requests = [Request(tokens, options) for tokens in ids]
+    answer(deployed, prompts, requests, [decoder_after(tokenizer, r) for r in requests])
+
+
+class Deployed(NamedTuple):
+    """A checkpoint that fits its deployment, whose weights are still to be read."""
+
+    tokenizer: Tokenizer
+    config: ModelConfig
+    start: Callable[[], Engine]
+    """Reads the weights."""
+
+
+def deploy(checkpoint: str | pathlib.Path, deployment: Deployment) -> Deployed:
+    """Start JAX for a deployment's mesh and look at a checkpoint that is to run there.
+
+    Raises:
+      InputError: if there is none, or it does not fit.
+    """
+    recognise(checkpoint)  # before JAX starts, which takes a while
     sharding.start(deployment.mesh)
-    answer(path, prompts, options, deployment)
-
-
-def answer(
-    path: pathlib.Path, prompts: Sequence[str], options: Options, deployment: Deployment
-) -> None:
-    """`run` for a checkpoint path from `find`, in a process that has enough devices."""
-    extras = load_extras(path)
-    config = model_config(extras.config.model, deployment)
-    if extras.tokenizer is None:
-        raise InputError(f"checkpoint {path} has no tokenizer: it was trained on synthetic data")
-    requests = [
-        Request((extras.tokenizer.bos_id, *extras.tokenizer.encode(prompt)), options)
-        for prompt in prompts
-    ]
-    check_requests(requests, config.vocab_size, config.max_position_embeddings)
+    found = open_checkpoint(checkpoint)
+    config, tokenizer = model_config(found.config, deployment), found.tokenizer
+    if tokenizer is None:
+        raise InputError(
+            f"checkpoint {found.path} has no tokenizer: it was trained on synthetic data, or its "
+            "folder lacks tokenizer.model"
+        )
     mesh = sharding.mesh_from_config(deployment.mesh)
     with jax.set_mesh(mesh):
         check_exchange(config)
-    engine = Engine(load_model(path, config, mesh), mesh, extras.tokenizer.eos_id)
-    device = mesh.devices.flat[0].device_kind
-    _say(f"checkpoint {path}, {config.num_parameters:,} parameters on {mesh.size} x {device}")
-    steps = Timed(engine.stream(requests))
-    print_answers(steps, prompts, [decoder_after(extras.tokenizer, r) for r in requests])
-    _say(steps.report(sum(len(r.tokens) for r in requests)))
+
+    def start() -> Engine:
+        engine = Engine(found.load(config, mesh), mesh, tokenizer.eos_id)
+        place = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+        say(f"checkpoint {found.path}, {config.num_parameters:,} parameters on {place}")
+        return engine
+
+    return Deployed(tokenizer, config, start)
+
+
+def answer(
+    deployed: Deployed,
+    prompts: Sequence[str],
+    requests: Sequence[Request],
+    decoders: Sequence[StreamDecoder],
+) -> None:
+    """Print what the model answers to requests, each by its decoder, and say how fast.
+
+    Raises:
+      InputError: for requests that the model cannot answer; no weights have been read then.
+    """
+    config = deployed.config
+    check_requests(requests, config.vocab_size, config.max_position_embeddings)
+    steps = Timed(deployed.start().stream(requests))
+    print_answers(steps, prompts, decoders)
+    say(steps.report(sum(len(r.tokens) for r in requests)))
 
 
 def model_config(trained: ModelConfig, deployment: Deployment) -> ModelConfig:
@@ -97,13 +132,13 @@ def print_answers(
             part = decoders[row].push(token)
             texts[row] += part
             if alone:
-                _write(part)
+                write(part)
     ends = [decoder.flush() for decoder in decoders]
     if alone:
-        _write(ends[0] + "\n")
+        write(ends[0] + "\n")
         return
     for prompt, text, end in zip(prompts, texts, ends, strict=True):
-        _write(f"> {prompt}\n{text}{end}\n\n")
+        write(f"> {prompt}\n{text}{end}\n\n")
 
 
 class Timed:
@@ -129,11 +164,13 @@ class Timed:
         return f"{line}; {sum(self._made)} tokens made{rate}"
 
 
-def _write(text: str) -> None:
+def write(text: str) -> None:
+    """Print on the first host's standard output, at once."""
     if jax.process_index() == 0:
         print(text, end="", flush=True)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print a line on the first host's standard error."""
     if jax.process_index() == 0:
         print(text, file=sys.stderr, flush=True)

@@ -77,8 +77,8 @@ def _stacked_blocks(config: ModelConfig, key: jax.Array) -> Block:
 class Mixtral(nnx.Module):
     """Decoder-only transformer with sparse experts. Paper: arXiv 2401.04088.
 
-    Runs inside `with jax.set_mesh(mesh):`. The batch must split over the mesh's data, fsdp and
-    expert axes.
+    Calling it gives logits. `forward`, which gives more, runs inside `with jax.set_mesh(mesh):`
+    and wants a batch that splits over the mesh's data, fsdp and expert axes.
     """
 
     def __init__(self, config: ModelConfig, key: jax.Array):
@@ -97,8 +97,14 @@ class Mixtral(nnx.Module):
         positions_BL: jax.Array | None = None,
         segments_BL: jax.Array | None = None,
     ) -> jax.Array:
-        """float32 logits_BLV of the token after each; see `forward`."""
-        return self.forward(tokens_BL, positions_BL, segments_BL).logits_BLV
+        """float32 logits_BLV of the token after each.
+
+        Arguments as for `forward`, of any batch size, from the host or from any device: they are
+        split over the mesh that is set, or, where none is, over the one that the parameters lie on.
+        """
+        graphdef, state = nnx.split(self)
+        with sharding.mesh_of(self.embedding_VD[...]):
+            return _logits(graphdef, state, tokens_BL, positions_BL, segments_BL)
 
     def forward(
         self,
@@ -155,6 +161,30 @@ class Mixtral(nnx.Module):
         unroll = 1 if self.config.scan_layers else self.config.num_hidden_layers
         x_BLD, (statistics, cache) = jax.lax.scan(one_layer, x_BLD, (stacked, cache), unroll=unroll)
         return x_BLD, statistics, cache
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(graphdef, state, tokens_BL, positions_BL, segments_BL):
+    """The logits of a batch that is padded, with rows of segment 0, to split over the mesh."""
+    tokens_BL = jnp.asarray(tokens_BL, jnp.int32)
+    batch = tokens_BL.shape[0]
+    missing = -batch % sharding.batch_shards()
+    if missing and segments_BL is None:
+        segments_BL = jnp.ones_like(tokens_BL)
+
+    def place(x):
+        if x is None:
+            return None
+        x = jnp.asarray(x, jnp.int32)
+        if missing:
+            x = jnp.pad(sharding.shard(x, None, None), ((0, missing), (0, 0)))
+        return sharding.shard(x, "batch", None)
+
+    inputs = map(place, (tokens_BL, positions_BL, segments_BL))
+    logits_BLV = nnx.merge(graphdef, state).forward(*inputs).logits_BLV
+    if missing:
+        logits_BLV = sharding.shard(logits_BLV, None, None, "vocabulary")[:batch]
+    return logits_BLV
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:

@@ -7,6 +7,7 @@ from tiny import CONFIG, host, initial_state, make_config
 
 from mixtral_jax import sharding
 from mixtral_jax.config import InputError
+from mixtral_jax.interop import own, own_arrays
 from mixtral_jax.training import checkpoint
 from mixtral_jax.training.step import abstract_train_state
 
@@ -16,7 +17,7 @@ OTHER = {"data": 2, "expert": 2, "tensor": 2}
 
 def extras(config, loss=None):
     state = np.arange(2 * config.training.batch_size).reshape(-1, 2)
-    return checkpoint.Extras(config, state, None, loss)
+    return own.Extras(config, state, None, loss)
 
 
 def save_steps(folder, losses, keep=10):
@@ -57,7 +58,7 @@ def test_a_checkpoint_comes_back_bit_for_bit_on_another_mesh(saved):
 
 def test_a_model_loads_for_sampling_without_the_optimizer(saved):
     mesh = sharding.make_mesh(tensor=2)
-    model = checkpoint.load_model(checkpoint.find(saved), CONFIG.model, mesh)
+    model = own_arrays.load_model(own.find(saved), CONFIG.model, mesh)
     with jax.set_mesh(mesh):
         expected = host(initial_state(CONFIG, mesh).params)
     np.testing.assert_array_equal(np.asarray(model.head_DV[...]), expected.head_DV[...])
@@ -76,10 +77,10 @@ def test_the_newest_and_the_best_are_kept_also_by_the_next_process(tmp_path):
 
 def test_a_half_written_checkpoint_is_not_seen(tmp_path):
     save_steps(tmp_path, {3: 1.0}).close()
-    folder = tmp_path / checkpoint.FOLDER
+    folder = tmp_path / own.FOLDER
     (folder / "6.orbax-checkpoint-tmp-1234").mkdir()
     (folder / "6.orbax-checkpoint-tmp-1234" / "params").mkdir()
-    assert checkpoint.find(tmp_path).name == "3"
+    assert own.find(tmp_path).name == "3"
     assert checkpoint.Checkpoints(tmp_path, 2).steps() == [3]
 
 
@@ -107,7 +108,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(tmp_path, item
     if item == "run" and damage is flip:
         pytest.skip("a changed letter in the JSON may still be a valid config")
     save_steps(tmp_path, {3: 2.0, 6: 1.0}).close()
-    damage(largest_file(tmp_path / checkpoint.FOLDER / "6" / item))
+    damage(largest_file(tmp_path / own.FOLDER / "6" / item))
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh), pytest.raises(InputError) as error:
         checkpoint.Checkpoints(tmp_path, 10).restore(6, abstract_train_state(CONFIG, mesh))
@@ -122,9 +123,9 @@ def test_changed_bits_that_still_decode_are_found(saved):
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh):
         params = initial_state(CONFIG, mesh).params
-        before = checkpoint.checksums(params)
+        before = own_arrays.checksums(params)
         params.norm.weight[...] = params.norm.weight[...].at[3].multiply(1 + 1e-7)
-        after = checkpoint.checksums(params)
+        after = own_arrays.checksums(params)
     changed = {name for name in before if before[name] != after[name]}
     assert len(changed) == 1
     assert "norm" in changed.pop()
@@ -138,4 +139,4 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path, make):
     if make == "foreign":
         (folder / "model.bin").write_bytes(b"x")
     with pytest.raises(InputError, match=r"does not exist|no checkpoint"):
-        checkpoint.find(folder)
+        own.find(folder)

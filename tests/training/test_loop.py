@@ -11,7 +11,8 @@ from tiny import make_config
 
 from mixtral_jax import config_io, sharding
 from mixtral_jax.config import InputError, SourceConfig, TrainingError
-from mixtral_jax.training import checkpoint, loop
+from mixtral_jax.interop import own
+from mixtral_jax.training import loop
 from mixtral_jax.training.metrics import Reporter
 
 TIMES = ("tokens_per_second", "step_seconds")
@@ -29,7 +30,7 @@ def lines(folder, kind="loss"):
 
 
 def checksums(folder, step):
-    return checkpoint.read_run(folder / checkpoint.FOLDER / str(step))["checksums"]
+    return own.read_run(folder / own.FOLDER / str(step))["checksums"]
 
 
 def synthetic(folder, **sections):
@@ -102,7 +103,7 @@ def test_a_damaged_newest_checkpoint_can_be_set_aside(whole, tmp_path):
     folder = tmp_path / "run"
     config = synthetic(folder, mesh={"expert": 2})
     loop.train(config)
-    damaged = folder / checkpoint.FOLDER / "6" / "params"
+    damaged = folder / own.FOLDER / "6" / "params"
     for path in [p for p in damaged.rglob("*") if p.is_file() and p.stat().st_size > 1000]:
         path.write_bytes(b"")
     more = {"training": {"steps": 9}, "mesh": {"expert": 2}}
@@ -146,8 +147,8 @@ def test_text_is_scored_in_bits_per_byte(tmp_path):
     loop.train(config)
     (record,) = lines(tmp_path / "run", "validation_loss")
     assert 0 < record["validation_bits_per_byte"] < 8
-    path = checkpoint.find(tmp_path / "run")
-    tokenizer = checkpoint.load_extras(path).tokenizer
+    path = own.find(tmp_path / "run")
+    tokenizer = own.load_extras(path).tokenizer
     assert tokenizer.vocab_size == 300
     saved = sentencepiece.SentencePieceProcessor(str(tmp_path / "run" / "tokenizer.model"))
     assert saved.get_piece_size() == 300

@@ -1,0 +1,122 @@
+"""Which kind of checkpoint a folder holds, and everything about it but the weights. No JAX here."""
+
+from __future__ import annotations
+
+import enum
+import os
+import pathlib
+
+from mixtral_jax.config import InputError, ModelConfig
+from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.interop import configs, own, pickles, source
+
+HUGGING_FACE_CONFIG, MISTRAL_CONFIG = "config.json", "params.json"
+# The first that is there; a folder with several has the same pieces in each.
+TOKENIZERS = ("tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1", "tokenizer.model")
+
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("num_local_experts", "num_experts_per_tok"),
+    *("rope_theta", "rms_norm_eps", "max_position_embeddings", "load_balance_weight"),
+)
+"""The keys of ModelConfig that a checkpoint decides."""
+
+
+class Kind(enum.Enum):
+    """The forms that a checkpoint comes in; values are the names that `convert` and users type."""
+
+    OWN = "orbax"
+    HUGGING_FACE = "huggingface"
+    MISTRAL = "mistral"
+
+
+def recognise(path: str | os.PathLike) -> Kind:
+    """The kind of checkpoint in a folder, told by its files.
+
+    Where a folder holds weights in several forms, safetensors are taken before pickles, and among
+    those Hugging Face's before Mistral's.
+
+    Raises:
+      InputError: if it is none, naming what is missing.
+    """
+    path = pathlib.Path(path)
+    if not path.is_dir():
+        what = "is a file: name its folder" if path.exists() else "does not exist"
+        raise InputError(f"checkpoint folder {path} {what}")
+    if own.is_one(path):
+        return Kind.OWN
+    if any((path / name).exists() for name in (source.INDEX, source.SINGLE)):
+        return Kind.HUGGING_FACE
+    if (path / source.MISTRAL_FILE).exists() or pickles.find(path):
+        return Kind.MISTRAL
+    expected = f"{source.SINGLE}, {source.INDEX} or {source.MISTRAL_FILE}"
+    for pattern in ("*.safetensors", "*.bin", "*.gguf", HUGGING_FACE_CONFIG, MISTRAL_CONFIG):
+        if found := sorted(path.glob(pattern)):
+            raise InputError(f"{path} has {found[0].name} but no {expected}")
+    raise InputError(
+        f"{path} holds no checkpoint: name a run folder such as runs/quickstart, one step in its "
+        f"{own.FOLDER}/, or a folder with {expected}"
+    )
+
+
+def describe(path: str | os.PathLike) -> configs.Description:
+    """The sizes of the model in a folder, from its config alone.
+
+    Raises:
+      InputError: if there is none, or it asks for what Mixtral is not.
+    """
+    path, kind = pathlib.Path(path), recognise(path)
+    if kind is Kind.OWN:
+        model = own.load_extras(own.find(path)).config.model
+        sizes = {name: getattr(model, name) for name in SIZES}
+        return configs.Description(sizes, dense=False, dtype=model.param_dtype)
+    file = path / HUGGING_FACE_CONFIG
+    # The eight-part pickles of 8x7B lie beside Hugging Face's config and have none of their own.
+    if kind is Kind.MISTRAL and ((path / MISTRAL_CONFIG).exists() or not file.exists()):
+        file = path / MISTRAL_CONFIG
+        return configs.from_mistral(configs.read_json(file), str(file))
+    return configs.from_huggingface(configs.read_json(file), str(file))
+
+
+def open_weights(path: str | os.PathLike) -> source.FileWeights:
+    """The weights of a folder in Hugging Face's or Mistral's form, planned and not read.
+
+    Raises:
+      InputError: naming the file and the tensor at fault.
+    """
+    path, kind = pathlib.Path(path), recognise(path)
+    if kind is Kind.OWN:
+        raise InputError(f"{path} holds this project's own checkpoint, whose files orbax reads")
+    description = describe(path)
+    huggingface = kind is Kind.HUGGING_FACE
+    files = source.huggingface_files(path) if huggingface else source.mistral_files(path)
+    tensors = [tensor for file in files for tensor in file.tensors]
+    form = source.format_of(tensors, huggingface, description.dense)
+    return source.plan(path, files, ModelConfig(**description.sizes), form)
+
+
+def find_tokenizer(path: pathlib.Path) -> pathlib.Path | None:
+    """The SentencePiece file of a folder, if it has one."""
+    return next((path / name for name in TOKENIZERS if (path / name).is_file()), None)
+
+
+def load_tokenizer(path: str | os.PathLike, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of a checkpoint folder of any kind, or None if it has none.
+
+    Raises:
+      InputError: if its vocabulary is not the embedding's.
+    """
+    path = pathlib.Path(path)
+    if recognise(path) is Kind.OWN:
+        return own.load_extras(own.find(path)).tokenizer
+    file = find_tokenizer(path)
+    if file is None:
+        return None
+    tokenizer = Tokenizer.from_file(file)
+    if tokenizer.vocab_size != vocab_size:
+        raise InputError(
+            f"tokenizer {file} has {tokenizer.vocab_size} pieces, but the embedding has "
+            f"{vocab_size} rows: it is another model's"
+        )
+    return tokenizer

@@ -1,0 +1,112 @@
+"""This project's own checkpoints: where they are and what they hold beside arrays. No JAX here.
+
+A checkpoint is a folder with two items, and a third where training may go on from it:
+
+  params      the weights, by name
+  run         JSON: config, place in the data, tokenizer (base64) and a checksum of every array
+  optimizer   the rest of the training state
+
+A run keeps one for each saved step, in RUN/checkpoints/STEP.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from mixtral_jax import config_io
+from mixtral_jax.config import Config, InputError
+from mixtral_jax.data.tokenizer import Tokenizer
+
+FOLDER = "checkpoints"
+PARAMS, RUN = "params", "run"
+_JSON = pathlib.Path(RUN) / "metadata"  # where orbax puts an item that is JSON
+
+
+class Extras(NamedTuple):
+    """What a checkpoint holds beside arrays."""
+
+    config: Config
+    data_state: np.ndarray
+    """int64, a line for each row of the batch: where it is in its documents."""
+    tokenizer: Tokenizer | None
+    validation_loss: float | None
+
+
+def is_one(path: pathlib.Path) -> bool:
+    """Whether a folder is a checkpoint, a run's folder or the checkpoints in one."""
+    return _is_whole(path) or bool(_steps(path))
+
+
+def _is_whole(path: pathlib.Path) -> bool:
+    return (path / RUN).is_dir() and (path / PARAMS).is_dir()
+
+
+def _steps(path: pathlib.Path) -> list[pathlib.Path]:
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    return [p for p in folder.iterdir() if p.name.isdecimal()] if folder.is_dir() else []
+
+
+def find(path: str | pathlib.Path) -> pathlib.Path:
+    """The newest checkpoint in a run folder, in its checkpoints/ folder, or the one named itself.
+
+    Raises:
+      InputError: if there is none.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise InputError(f"checkpoint folder {path} does not exist")
+    if _is_whole(path):
+        return path.resolve()
+    steps = _steps(path)
+    if not steps:
+        raise InputError(
+            f"{path} holds no checkpoint: name a run folder such as runs/quickstart, or one step "
+            f"in its {FOLDER}/"
+        )
+    return max(steps, key=lambda p: int(p.name)).resolve()
+
+
+def read_run(path: pathlib.Path) -> dict:
+    """The JSON of a checkpoint.
+
+    Raises:
+      InputError: if it is not there or is not this project's.
+    """
+    try:
+        run = json.loads((path / _JSON).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"checkpoint {path} is damaged: {RUN}: {error}") from None
+    missing = {"config", "data_state", "tokenizer", "checksums"} - set(run)
+    if missing:
+        raise InputError(f"checkpoint {path} is not of this project: run has no {missing.pop()}")
+    return run
+
+
+def extras_of(run: dict) -> Extras:
+    """What a checkpoint's JSON says."""
+    tokenizer = run["tokenizer"]
+    if tokenizer is not None:
+        tokenizer = Tokenizer.from_bytes(base64.b64decode(tokenizer))
+    data_state = np.asarray(run["data_state"], np.int64)
+    return Extras(config_io.from_dict(run["config"]), data_state, tokenizer, None)
+
+
+def run_of(extras: Extras, checksums: dict[str, dict[str, int]]) -> dict:
+    """The JSON of a checkpoint, which `extras_of` reads."""
+    tokenizer = extras.tokenizer
+    return {
+        "config": config_io.to_dict(extras.config),
+        "data_state": extras.data_state.tolist(),
+        "tokenizer": tokenizer and base64.b64encode(tokenizer.model_bytes).decode(),
+        "checksums": checksums,
+    }
+
+
+def load_extras(path: pathlib.Path) -> Extras:
+    """Config and tokenizer of the checkpoint at a path that `find` gave."""
+    return extras_of(read_run(path))

@@ -1,0 +1,107 @@
+"""The arrays of this project's own checkpoints, through orbax, with a checksum of each.
+
+The checksums are sums of bit patterns modulo 2^32: the same on every mesh, and a damaged file that
+still decodes is found out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from mixtral_jax import sharding
+from mixtral_jax.config import InputError, ModelConfig
+from mixtral_jax.interop import own
+from mixtral_jax.model.mixtral import Mixtral, abstract_state
+
+
+def by_path(tree: Any) -> dict[str, jax.Array]:
+    """The leaves of a tree under their paths, as texts."""
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _bit_sum(x: jax.Array) -> jax.Array:
+    word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    return jnp.sum(jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32), dtype=jnp.uint32)
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """For each array, the sum of its elements' bit patterns modulo 2^32."""
+    sums = jax.device_get(jax.jit(lambda t: jax.tree.map(_bit_sum, t))(by_path(tree)))
+    return {path: int(value) for path, value in sums.items()}
+
+
+def restore(path: pathlib.Path, item: str, abstract: Any, run: dict) -> Any:
+    """The arrays of an item, laid out as `abstract` says and checked against the checksums.
+
+    Raises:
+      InputError: if the item is damaged, naming it.
+    """
+    try:
+        with ocp.StandardCheckpointer() as checkpointer, _quiet():
+            arrays = checkpointer.restore(path / item, abstract)
+    except Exception as error:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats each task's error
+        raise InputError(f"checkpoint {path} is damaged in {item}: {_first_line(error)}") from None
+    for name, value in checksums(arrays).items():
+        if run["checksums"][item].get(name) != value:
+            raise InputError(f"checkpoint {path} is damaged in {item}: {name} has changed on disk")
+    return arrays
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Hide orbax's warnings about sharding files: the target's shardings are always given."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def load_model(path: pathlib.Path, config: ModelConfig, mesh: jax.sharding.Mesh) -> Mixtral:
+    """The model of a checkpoint, each device reading its slices only.
+
+    Args:
+      path: from `own.find`.
+      config: the checkpoint's, perhaps with another exchange or types.
+      mesh: any mesh that the model's sizes split over.
+    Raises:
+      InputError: if the checkpoint is damaged.
+    """
+    run = own.read_run(path)
+    stored = own.extras_of(run).config.model.param_dtype
+    graphdef, state = abstract_state(config)
+    shardings = sharding.param_shardings(state, mesh)
+    abstract = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, jnp.dtype(stored), sharding=s), state, shardings
+    )
+    params = restore(path, own.PARAMS, nnx.to_pure_dict(abstract), run)
+    if stored != config.param_dtype:
+        params = jax.tree.map(lambda a: a.astype(config.param_dtype), params)
+    nnx.replace_by_pure_dict(abstract, params)
+    return nnx.merge(graphdef, abstract)
+
+
+def write_model(model: Mixtral, extras: own.Extras, path: pathlib.Path) -> None:
+    """Write a checkpoint without an optimizer; `path` does not exist, and its folder does."""
+    params = nnx.to_pure_dict(nnx.state(model))
+    run = own.run_of(extras, {own.PARAMS: checksums(params)})
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        items = {own.PARAMS: ocp.args.StandardSave(params), own.RUN: ocp.args.JsonSave(run)}
+        checkpointer.save(path.resolve(), args=ocp.args.Composite(**items))

@@ -1,0 +1,79 @@
+"""Mistral's pickled weights, through the loader of PyTorch that runs no code of theirs."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+
+from mixtral_jax.config import InputError
+from mixtral_jax.interop.safetensors import TensorInfo
+
+PATTERNS = ("consolidated.[0-9][0-9].pth", "consolidated.[0-9][0-9].pt")
+
+
+def find(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The pickles of a folder: consolidated.00.pth, or consolidated.00.pt to .07.pt."""
+    return next((found for p in PATTERNS if (found := sorted(folder.glob(p)))), [])
+
+
+class PickleFile:
+    """A file of tensors that torch.save wrote; the same interface as SafetensorsFile."""
+
+    def __init__(self, path: pathlib.Path):
+        """Raises InputError if PyTorch's weights_only loader refuses the file."""
+        import torch  # not a requirement of this project
+
+        self.path = path
+        try:
+            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise InputError(f"{path} cannot be read as a file of weights only: {reason}") from None
+        if not isinstance(loaded, dict):
+            raise InputError(f"{path} holds a {type(loaded).__name__}, not tensors by name")
+        self._arrays = {name: _to_numpy(tensor, path, name) for name, tensor in loaded.items()}
+        self.tensors, at = {}, 0
+        for name, array in self._arrays.items():
+            self.tensors[name] = TensorInfo(array.dtype, array.shape, at, at + array.nbytes)
+            at += array.nbytes
+
+    def array(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    def prefetch(self, name: str) -> None:
+        """Left to the system."""
+
+    def release(self, name: str) -> None:
+        """Left to the system, which may drop pages of a mapped file when it needs them."""
+
+    def close(self) -> None:
+        self._arrays = {}
+
+
+def _to_numpy(tensor: object, path: pathlib.Path, name: object) -> np.ndarray:
+    import torch
+
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        raise InputError(f"{path}: {name!r} is a {type(tensor).__name__}, not a tensor")
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def open_pickles(paths: Sequence[pathlib.Path]) -> list[PickleFile]:
+    """The files, if PyTorch is installed.
+
+    Raises:
+      InputError: saying what to install and to run, if it is not.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise InputError(
+            f"{paths[0]} is a pickle, which may run code when loaded: install PyTorch, whose safe "
+            f"loader is used then, and convert it: pip install torch && python -m "
+            f"mixtral_jax.interop.convert {paths[0].parent} TARGET --to mistral"
+        )
+    return [PickleFile(path) for path in paths]
