@@ -3,6 +3,11 @@
 On standard output, one prompt gives its answer as it is made; a file of prompts gives, for each in
 turn, a line of `> ` and the prompt, then the answer, then an empty line. Everything else, timings
 included, goes to standard error.
+
+With --chat, each prompt is a message of a user's, in the template of the checkpoint's tokenizer.
+Without a prompt there is a conversation: a message a line on standard input, up to its end; /new
+begins anew, with an empty history; Ctrl-C stops an answer. The history is never cut: a message that
+the context has no room for is not answered, which ends the program unless it reads from a terminal.
 """
 
 import argparse
@@ -31,9 +36,11 @@ def make_parser() -> Parser:
 
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="a run folder, or one of its steps")
-    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", metavar="TEXT", help="what to go on from; may be empty")
     prompts.add_argument("--prompt-file", metavar="FILE", help="prompts, one a line")
+    add("--chat", action="store_true", help="prompts are messages; without one, converse")
+    add("--system", metavar="TEXT", help="what a conversation is told first; with --chat")
     option("max-new-tokens", "N", int, "most tokens to make")
     option("temperature", "T", float, "0 is greedy; above 1 is wilder than the model")
     option("top-k", "K", int, "choose from the K most likely tokens; 0 is all")
@@ -42,6 +49,19 @@ def make_parser() -> Parser:
     place = "where to compute: mesh.expert=4, model.exchange=padded, model.compute_dtype=float32"
     add("overrides", nargs="*", metavar="section.key=value", help=place)
     return parser
+
+
+def read_prompts(arguments: argparse.Namespace) -> list[str] | None:
+    """The prompts, or None for a conversation."""
+    if arguments.system is not None and not arguments.chat:
+        raise InputError("--system begins a conversation: add --chat")
+    if arguments.prompt is not None:
+        return [arguments.prompt]
+    if arguments.prompt_file is not None:
+        return request.read_prompts(arguments.prompt_file)
+    if not arguments.chat:
+        raise InputError("one of the arguments --prompt --prompt-file is required, or --chat")
+    return None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,12 +75,14 @@ def main(argv: list[str] | None = None) -> int:
             seed=arguments.seed,
         )
         deployment = request.deployment_from_overrides(arguments.overrides)
-        prompts = [arguments.prompt]
-        if arguments.prompt is None:
-            prompts = request.read_prompts(arguments.prompt_file)
-        from mixtral_jax.generation import command  # only now: it loads JAX
+        prompts = read_prompts(arguments)
+        from mixtral_jax.generation import chat, command  # only now: they load JAX
 
-        command.run(arguments.checkpoint, prompts, options, deployment)
+        if arguments.chat:
+            system = arguments.system or ""
+            chat.run(arguments.checkpoint, prompts, system, options, deployment)
+        else:
+            command.run(arguments.checkpoint, prompts, options, deployment)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

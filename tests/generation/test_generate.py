@@ -3,53 +3,25 @@
 import dataclasses
 import os
 import pathlib
-import re
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-from tiny import MODEL, make_config
+from tiny import MODEL
 
 import generate
 from mixtral_jax import sharding
 from mixtral_jax.config import MeshConfig
-from mixtral_jax.data.tokenizer import train_tokenizer
 from mixtral_jax.generation import command
 from mixtral_jax.generation.engine import Engine
 from mixtral_jax.generation.request import Deployment, Options, Request
-from mixtral_jax.training.checkpoint import Checkpoints, Extras, find, load_model
-from mixtral_jax.training.step import initial_state
+from mixtral_jax.interop.own import find
+from mixtral_jax.interop.own_arrays import load_model
 
 ROOT = pathlib.Path(generate.__file__).parent
-TEXTS = [
-    "def first(self, words):\n    return words[0] if words else None\n",
-    "for word in words:\n    print(word, end=' ')\nself.words = sorted(words)\n",
-    "class Words(list):\n    'a list of words'\n    def __init__(self, other=()):\n        pass\n",
-]
 PROMPTS = ["def first", "", "x\x00\x1b[31m é\u20ac", " words in the"]
 GREEDY = ["--temperature", "0", "--max-new-tokens", "9"]
 ANSWERING = Options(9, temperature=0.0)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(TEXTS, 300)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, tokenizer):
-    """The folder of a run on eight devices, whose settings of training must not reach sampling."""
-    folder = tmp_path_factory.mktemp("run")
-    changes = {"vocab_size": 300, "exchange": "padded", "capacity_factor": 1.0, "remat": "full"}
-    config = make_config(model=changes, mesh={"data": 2, "expert": 2, "tensor": 2})
-    state = initial_state(config, sharding.make_mesh(data=2, expert=2, tensor=2))
-    place = np.zeros((config.training.batch_size, 2), np.int64)
-    checkpoints = Checkpoints(folder, keep=2)
-    checkpoints.save(3, state, Extras(config, place, None, None))
-    checkpoints.save(4, state, Extras(config, place, tokenizer, None))
-    checkpoints.close()
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +36,6 @@ def answers(run, tokenizer):
     assert all(len(answer) == 9 for answer in made)
     whole = [tokenizer.decode(ids + answer) for ids, answer in zip(prompts, made, strict=True)]
     return [text[len(prompt) :] for text, prompt in zip(whole, PROMPTS, strict=True)]
-
-
-@pytest.fixture
-def main(monkeypatch):
-    """generate.main in this process, which has its devices already."""
-    monkeypatch.setattr(sharding, "start", lambda mesh: None)
-    return generate.main
 
 
 def script(*arguments, **environment):
@@ -162,26 +127,17 @@ BAD = {
 }
 
 
-def refused(main, capsys, arguments, said):
-    assert main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert not out
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert re.search(said, err), err
-
-
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(case, run, main, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(case, run, refused):
     arguments, said = BAD[case]
-    refused(main, capsys, ["--checkpoint", str(run), *arguments], said)
+    refused(["--checkpoint", str(run), *arguments], said)
 
 
-def test_bad_checkpoints_are_one_line_and_exit_code_2(run, main, capsys, tmp_path):
+def test_bad_checkpoints_are_one_line_and_exit_code_2(run, refused, tmp_path):
     prompt = ["--prompt", "a", *GREEDY]
-    refused(main, capsys, ["--checkpoint", str(tmp_path), *prompt], "holds no checkpoint")
-    refused(main, capsys, ["--checkpoint", str(ROOT), *prompt], "holds no checkpoint")
+    refused(["--checkpoint", str(tmp_path), *prompt], "holds no checkpoint")
+    refused(["--checkpoint", str(ROOT), *prompt], "holds no checkpoint")
     untold = run / "checkpoints" / "3"
-    refused(main, capsys, ["--checkpoint", str(untold), *prompt], "has no tokenizer")
+    refused(["--checkpoint", str(untold), *prompt], "has no tokenizer")
     (tmp_path / "7").mkdir()
-    refused(main, capsys, ["--checkpoint", str(tmp_path), *prompt], "checkpoint .*7 is damaged")
+    refused(["--checkpoint", str(tmp_path), *prompt], "checkpoint .*7 is damaged")
