@@ -28,6 +28,10 @@ _MOST_TOKENS = 2**31 - 1
 
 _DENSE, _SPARSE = "MistralForCausalLM", "MixtralForCausalLM"
 _MODEL_TYPES = {"mistral": _DENSE, "mixtral": _SPARSE}
+# The keys that config.json and ModelConfig spell alike, and that are never null in either.
+_SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps")
+_SAME += ("num_attention_heads", "num_key_value_heads", "num_local_experts", "rope_theta")
+_SAME += ("num_experts_per_tok", "max_position_embeddings", "initializer_range")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -76,6 +80,12 @@ def _checked(sizes: dict[str, Any], name: str) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"{name}: {str(error).replace('model.', '')}") from None
     return sizes
+
+
+def describe(config: ModelConfig) -> Description:
+    """What a configuration beside this project's own weights says of them."""
+    sizes = {key: getattr(config, key) for key in (*_SAME, "load_balance_weight")}
+    return Description({**sizes, "head_dim": config.head_size}, False, config.param_dtype)
 
 
 _WINDOW = "; shorter sequences than the window may use null in its place"
@@ -218,13 +228,10 @@ def to_huggingface(
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(_DTYPES)}")
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    same += ("num_attention_heads", "num_key_value_heads", "num_local_experts", "rope_theta")
-    same += ("num_experts_per_tok", "rms_norm_eps", "max_position_embeddings", "initializer_range")
     return {
         "architectures": [_SPARSE],
         "model_type": "mixtral",
-        **{key: getattr(config, key) for key in same},
+        **{key: getattr(config, key) for key in _SAME},
         "head_dim": config.head_size,
         "router_aux_loss_coef": config.load_balance_weight,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},

@@ -163,7 +163,7 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
     """A disk that is full or not writable is the user's to mend."""
     try:
         yield
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: a path that cannot be one
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{one_line(path)} cannot be written: {reason}") from None
 
@@ -227,7 +227,7 @@ def write_safetensors(
     """
     path = pathlib.Path(path)
     header = make_header(tensors, metadata)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    partial = path.parent / f".{secrets.token_hex(8)}.partial"  # short: the name may be a long one
     try:
         with _naming(path):
             file = open(partial, "xb", buffering=0)  # noqa: SIM115  (closed below)
@@ -241,7 +241,7 @@ def write_safetensors(
         with _naming(path):
             os.replace(partial, path)
     except BaseException:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             partial.unlink()
         raise
     return size
