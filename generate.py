@@ -14,19 +14,13 @@ import argparse
 import os
 import sys
 
+from mixtral_jax.command_line import Parser, report
 from mixtral_jax.config import InputError
 from mixtral_jax.generation import request
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports mistakes as one line, like every other bad input."""
-
-    def error(self, message: str):
-        raise InputError(f"{message}; see --help")
-
-
 def make_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     default = request.Options()
 
     def option(name, metavar, kind, help):
@@ -84,8 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             command.run(arguments.checkpoint, prompts, options, deployment)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report(error)
     except BrokenPipeError:  # whoever read the answer has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

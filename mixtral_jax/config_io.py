@@ -168,16 +168,53 @@ def read_yaml(path: str | pathlib.Path) -> dict:
     return values
 
 
-def load(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Config:
+# What a run may choose otherwise than the checkpoint that it starts from.
+_FREE = {"max_position_embeddings", "load_balance_weight"}
+
+
+def _with_sizes(values: dict, sizes_of: typing.Callable[[str], dict]) -> dict:
+    """Values whose model has the sizes of the checkpoint that it starts from."""
+    model = values.get("model")
+    checkpoint = model.get("checkpoint") if isinstance(model, dict) else None
+    if not checkpoint:
+        return values
+    if model.get("preset"):
+        raise InputError(
+            f"model.preset={model['preset']}: model.checkpoint={checkpoint} decides the sizes; "
+            "leave one of them out"
+        )
+    sizes = sizes_of(str(checkpoint))
+    hints = typing.get_type_hints(ModelConfig)
+    for key, size in sizes.items():
+        if key in model and key not in _FREE:
+            given = _convert(f"model.{key}", model[key], hints[key])
+            if given is not None and given != size:
+                raise InputError(
+                    f"model.{key}={given}, but model.checkpoint={checkpoint} has {size}: "
+                    "leave the key out"
+                )
+    free = {key: model[key] for key in _FREE if model.get(key) is not None}
+    return {**values, "model": {**model, **sizes, **free}}
+
+
+def load(
+    path: str | pathlib.Path,
+    overrides: typing.Sequence[str] = (),
+    sizes_of: typing.Callable[[str], dict] | None = None,
+) -> Config:
     """Read a YAML config, lay overrides over it and check the whole.
 
     Args:
       path: the YAML file.
       overrides: texts such as `mesh.expert=4`.
+      sizes_of: gives the keys of `model` that belong to the folder model.checkpoint; without it
+        the config has them already, as one that a run has saved.
     Raises:
       InputError: with one line that names the value and what was expected.
     """
     values = apply_overrides(read_yaml(path), overrides)
+    if sizes_of is not None:
+        values = _with_sizes(values, sizes_of)
     config = from_dict(values)
     if config.run.dir:
         return config

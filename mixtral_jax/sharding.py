@@ -122,6 +122,11 @@ def mesh_of(x: jax.Array) -> contextlib.AbstractContextManager:
     return jax.set_mesh(where.mesh)
 
 
+def no_mesh() -> contextlib.AbstractContextManager:
+    """A block in which no mesh is set, for programs that run on one device at a time."""
+    return jax.set_mesh(None)
+
+
 def expert_shards() -> int:
     """Devices along the expert axis of the current mesh (X)."""
     return current_mesh().shape[EXPERT]

@@ -5,13 +5,13 @@ python -m mixtral_jax.data.train_tokenizer --config configs/X.yaml --output toke
 
 from __future__ import annotations
 
-import argparse
 import logging
 import pathlib
 import sys
 from collections.abc import Sequence
 
 from mixtral_jax import config_io
+from mixtral_jax.command_line import Parser, report
 from mixtral_jax.config import Config, InputError
 from mixtral_jax.data.corpus import open_corpus
 from mixtral_jax.data.tokenizer import sample, train_tokenizer
@@ -39,19 +39,18 @@ def run(config: Config, output: pathlib.Path, overwrite: bool = False) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
+        options = parser.parse_intermixed_args(arguments)
         config = config_io.load(options.config, options.overrides)
         run(config, options.output, options.overwrite)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report(error)
     return 0
 
 

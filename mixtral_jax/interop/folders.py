@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
 
 from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.data.tokenizer import Tokenizer
@@ -13,14 +17,6 @@ from mixtral_jax.interop import configs, own, pickles, source
 HUGGING_FACE_CONFIG, MISTRAL_CONFIG = "config.json", "params.json"
 # The first that is there; a folder with several has the same pieces in each.
 TOKENIZERS = ("tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1", "tokenizer.model")
-
-SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim"),
-    *("num_local_experts", "num_experts_per_tok"),
-    *("rope_theta", "rms_norm_eps", "max_position_embeddings", "load_balance_weight"),
-)
-"""The keys of ModelConfig that a checkpoint decides."""
 
 
 class Kind(enum.Enum):
@@ -68,9 +64,7 @@ def describe(path: str | os.PathLike) -> configs.Description:
     """
     path, kind = pathlib.Path(path), recognise(path)
     if kind is Kind.OWN:
-        model = own.load_extras(own.find(path)).config.model
-        sizes = {name: getattr(model, name) for name in SIZES}
-        return configs.Description(sizes, dense=False, dtype=model.param_dtype)
+        return configs.describe(own.load_extras(own.find(path)).config.model)
     file = path / HUGGING_FACE_CONFIG
     # The eight-part pickles of 8x7B lie beside Hugging Face's config and have none of their own.
     if kind is Kind.MISTRAL and ((path / MISTRAL_CONFIG).exists() or not file.exists()):
@@ -120,3 +114,57 @@ def load_tokenizer(path: str | os.PathLike, vocab_size: int) -> Tokenizer | None
             f"{vocab_size} rows: it is another model's"
         )
     return tokenizer
+
+
+def training_sizes(checkpoint: str) -> dict[str, Any]:
+    """The model's keys of a training config that starts from a checkpoint; see config_io.load.
+
+    Raises:
+      InputError: as `describe`, or because the checkpoint has no experts.
+    """
+    description = describe(checkpoint)
+    if description.dense:
+        raise dense_error(pathlib.Path(checkpoint))
+    return description.sizes
+
+
+def dense_error(path: pathlib.Path) -> InputError:
+    """What to do with a dense model."""
+    return InputError(
+        f"{path} holds a dense model: make a sparse one of it with python -m "
+        f"mixtral_jax.interop.convert {path} TARGET --to orbax --upcycle 8"
+    )
+
+
+# ---- new folders -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A temporary folder beside `path`, which gets its name when the block ends without an error.
+
+    Raises:
+      InputError: if there is something at `path`, or it cannot be written.
+    """
+    path = pathlib.Path(path)
+    check_free(path)
+    temporary = path.absolute().with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.is_dir():
+            path.rmdir()  # it was empty
+        temporary.rename(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(path: str | os.PathLike) -> None:
+    """Raises InputError if there is something at a path that is to become a new folder."""
+    path = pathlib.Path(path)
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() or path.is_symlink():
+        raise InputError(f"{path} exists already: name a new folder, or remove that one")

@@ -125,7 +125,8 @@ def shares_of(name: str, shape: tuple[int, ...], where: jax.sharding.Sharding) -
 
 def _empty(leaf, share: Share, device: jax.Device) -> jax.Array:
     shape = tuple(part.stop - part.start for part in share.slices.values())
-    return jnp.zeros(shape, leaf.dtype, device=SingleDeviceSharding(device))
+    with sharding.no_mesh():
+        return jnp.zeros(shape, leaf.dtype, device=SingleDeviceSharding(device))
 
 
 def _write(buffer, array: np.ndarray, letters: str, piece: Piece, place, device):
@@ -133,8 +134,9 @@ def _write(buffer, array: np.ndarray, letters: str, piece: Piece, place, device)
     axes = transposition(letters, piece.letters)
     if device.platform == "cpu":  # device_put transposes ten times faster than XLA:CPU does
         array, axes = array.transpose(axes), tuple(range(array.ndim))
-    part = jax.device_put(array, device)
-    return _update(buffer, part, np.array(place, np.int32), axes=axes)
+    with sharding.no_mesh():
+        part = jax.device_put(array, device)
+        return _update(buffer, part, np.array(place, np.int32), axes=axes)
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames="axes")

@@ -13,7 +13,7 @@ import jax
 import tqdm
 
 from mixtral_jax import sharding
-from mixtral_jax.config import DTYPES, InputError, MeshConfig, ModelConfig, check_choice, check_mesh
+from mixtral_jax.config import DTYPES, MeshConfig, ModelConfig, check_choice, check_mesh
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.interop import folders, loading, own, own_arrays, saving
 from mixtral_jax.interop.folders import Kind
@@ -116,10 +116,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         )
     weights = folders.open_weights(path)
     if weights.format.dense:
-        raise InputError(
-            f"{path} holds a dense model: make a sparse one of it with python -m "
-            f"mixtral_jax.interop.convert {path} TARGET --to orbax --upcycle 8"
-        )
+        raise folders.dense_error(path)
     tokenizer = folders.load_tokenizer(path, weights.config.vocab_size)
 
     def load(config: ModelConfig, mesh: jax.sharding.Mesh) -> Mixtral:

@@ -6,11 +6,9 @@ of it or nothing.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Protocol
@@ -20,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from mixtral_jax import sharding
 from mixtral_jax.config import Config, InputError, ModelConfig, TrainingConfig
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.interop import configs, folders, layout, loading, names, own, own_arrays, source
@@ -71,7 +70,8 @@ class ModelWeights:
             place = share.place_of(piece)
             if place is None:
                 continue
-            part = np.asarray(_transposed(_picked(array, np.array(place, np.int32)), axes))
+            with sharding.no_mesh():
+                part = np.asarray(_transposed(_picked(array, np.array(place, np.int32)), axes))
             if part.shape == shape:
                 return part, wanted
             whole = np.empty(shape, part.dtype) if whole is None else whole
@@ -93,40 +93,6 @@ def _picked(array, place):
 @partial(jax.jit, static_argnums=1)
 def _transposed(array, axes):  # by itself: fused with the slice it takes XLA:CPU ten times as long
     return array.transpose(axes)
-
-
-# ---- folders -----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A temporary folder beside `path`, which gets its name when the block ends without an error.
-
-    Raises:
-      InputError: if there is something at `path`, or it cannot be written.
-    """
-    path = pathlib.Path(path)
-    check_free(path)
-    temporary = path.absolute().with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if path.is_dir():
-            path.rmdir()  # it was empty
-        temporary.rename(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_free(path: str | os.PathLike) -> None:
-    """Raises InputError if there is something at a path that is to become a new folder."""
-    path = pathlib.Path(path)
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if path.exists() or path.is_symlink():
-        raise InputError(f"{path} exists already: name a new folder, or remove that one")
 
 
 def _write_json(path: pathlib.Path, values: dict) -> None:
@@ -219,7 +185,7 @@ def write_huggingface(
       max_shard_size: bytes of tensors in one file; a larger tensor has a file of its own.
       progress: called with the number of bytes of each tensor.
     """
-    with new_folder(path) as folder:
+    with folders.new_folder(path) as folder:
         writer = Writer(weights, names.HUGGING_FACE, dtype, progress)
         files = shards(writer.tensors(), max_shard_size)
         weight_map, total = {}, 0
@@ -249,7 +215,7 @@ def write_mistral(
     progress: Callable[[int], object] = _nothing,
 ) -> None:
     """A folder that mistral-inference reads; arguments as for `write_huggingface`."""
-    with new_folder(path) as folder:
+    with folders.new_folder(path) as folder:
         writer = Writer(weights, names.MISTRAL, dtype, progress)
         writer.write(folder / source.MISTRAL_FILE, writer.tensors())
         _write_json(folder / folders.MISTRAL_CONFIG, configs.to_mistral(weights.config))
@@ -268,7 +234,7 @@ def write_own(model: Mixtral, tokenizer: Tokenizer | None, path: str | os.PathLi
       InputError: if there is something at `path`, or it cannot be written.
     """
     path = pathlib.Path(path)
-    check_free(path)
+    folders.check_free(path)
     length = min(TrainingConfig.sequence_length, model.config.max_position_embeddings)
     config = Config(model=model.config, training=TrainingConfig(sequence_length=length))
     extras = own.Extras(config, np.zeros((0, 2), np.int64), tokenizer, None)

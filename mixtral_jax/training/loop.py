@@ -12,14 +12,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
 
 from mixtral_jax import sharding
 from mixtral_jax.config import Config, InputError, TrainingError
 from mixtral_jax.data.batches import train_batches
-from mixtral_jax.data.corpus import open_corpus
-from mixtral_jax.data.tokenizer import load_tokenizer
+from mixtral_jax.data.corpus import Corpus, open_corpus
+from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.data.validation import validation_set
+from mixtral_jax.interop import folders
+from mixtral_jax.interop.models import open_checkpoint
 from mixtral_jax.model.moe import check_exchange
 from mixtral_jax.training import report, run_folder
 from mixtral_jax.training.checkpoint import FOLDER, Checkpoints, Extras
@@ -31,6 +34,7 @@ from mixtral_jax.training.step import (
     initial_state,
     make_train_step,
     make_validation_step,
+    state_from,
 )
 
 
@@ -82,7 +86,7 @@ class Run:
         corpus = self.tokenizer = None
         if config.data.source == "files":
             corpus = open_corpus(config)
-            self.tokenizer = load_tokenizer(config, folder / run_folder.TOKENIZER, corpus)
+            self.tokenizer = self._load_tokenizer(folder / run_folder.TOKENIZER, corpus)
         self.batches = train_batches(config, self.tokenizer, self.placement.rows, corpus)
         self.held_out = None
         if config.training.validate_every:
@@ -95,6 +99,21 @@ class Run:
         self.reporter = Reporter(self.folder, self.first, config.training.steps)
         self._validation_step = jax.jit(make_validation_step(config))
 
+    def _load_tokenizer(self, cached: pathlib.Path, corpus: Corpus) -> Tokenizer:
+        """The one that the config names, or the one of the checkpoint that it starts from."""
+        config = self.config
+        if config.data.tokenizer:
+            return load_tokenizer(config, cached, corpus)
+        if cached.exists():
+            return Tokenizer.from_file(cached)
+        tokenizer = folders.load_tokenizer(config.model.checkpoint, config.model.vocab_size)
+        if tokenizer is None:
+            raise InputError(
+                f"model.checkpoint={config.model.checkpoint} has no tokenizer.model: name one as "
+                "data.tokenizer"
+            )
+        return tokenizer
+
     def _begin(self, folder: pathlib.Path, begun: bool) -> tuple[TrainState, int]:
         """A fresh state and step 0, or what the newest checkpoint holds."""
         config, wanted = self.config, self.config.run.resume_step
@@ -105,7 +124,7 @@ class Run:
         if wanted is not None and wanted not in steps:
             raise InputError(f"run.resume_step={wanted} is not a checkpoint of {folder}: {steps}")
         if not steps:
-            return initial_state(config, self.mesh), 0
+            return self._fresh_state(), 0
         step = steps[-1] if wanted is None else wanted
         state, extras = checkpoints.restore(step, abstract_train_state(config, self.mesh))
         for path in checkpoints.set_aside_after(step):
@@ -114,6 +133,15 @@ class Run:
         self.batches.restore(extras.data_state[self.placement.rows], step)
         _say(f"resuming {folder} at step {step}")
         return state, step
+
+    def _fresh_state(self) -> TrainState:
+        """Random weights, or those of model.checkpoint."""
+        config = self.config
+        if not config.model.checkpoint:
+            return initial_state(config, self.mesh)
+        model = open_checkpoint(config.model.checkpoint).load(config.model, self.mesh)
+        _say(f"starting from the weights in {config.model.checkpoint}")
+        return state_from(nnx.state(model), config, self.mesh)
 
     def loop(self) -> None:
         """Step until training.steps, or until told to stop."""

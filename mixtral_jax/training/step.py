@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -79,6 +80,15 @@ def initial_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
     with jax.set_mesh(mesh):
         make = jax.jit(partial(make_state, config), out_shardings=shardings)
         return make(jax.random.key(config.run.seed))
+
+
+def state_from(params: nnx.State, config: Config, mesh: jax.sharding.Mesh) -> TrainState:
+    """The TrainState before the first step of a model that has been loaded; takes its arrays."""
+    shardings = shardings_of(abstract_train_state(config, mesh).optimizer)
+    with jax.set_mesh(mesh):
+        optimizer = jax.jit(make_optimizer(config.training).init, out_shardings=shardings)(params)
+        zero = jax.device_put(np.int32(0), sharding.replicated(mesh))
+        return TrainState(zero, zero + 0, zero + 0, params, optimizer)
 
 
 def _forward(graphdef, params, batch: Batch):
