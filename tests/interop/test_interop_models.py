@@ -129,7 +129,7 @@ def test_a_host_reads_only_what_its_devices_own(saved, monkeypatch):
     weights = folders.open_weights(saved / "huggingface")
     flat = nnx.to_flat_state(abstract_state(CONFIG)[1])
     leaves = {".".join(map(str, path)): leaf for path, leaf in flat}
-    read = {host: {parameter: 0 for parameter in names.EXPERTS} for host in range(2)}
+    read = {host: dict.fromkeys(names.EXPERTS, 0) for host in range(2)}
     for host, parameters in read.items():
         own = set(jax.devices()[4 * host : 4 * host + 4])
 
