@@ -19,6 +19,7 @@ from mixtral_jax.training import losses as terms
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+torch.set_num_threads(1)  # a second one waits busily, on models as small as these
 
 CLOSE = 1e-4  # absolute, of logits around 1 to 5
 LOAD_BALANCE_WEIGHT = 0.3
@@ -46,6 +47,10 @@ SHAPES = {
 }
 SEEDS = dict(zip(SHAPES, (5, 2, 2)))  # whose models say many different things
 by_shape = pytest.mark.parametrize("shape", SHAPES)
+ON_A_MESH = ("two kv heads, k=2", (1, 1, 4, 2))
+by_shape_and_mesh = pytest.mark.parametrize(
+    ("shape", "sizes"), [*((shape, ()) for shape in SHAPES), ON_A_MESH], ids=str
+)
 
 
 @functools.cache
@@ -116,18 +121,27 @@ def test_a_ragged_batch_gives_their_logits_and_losses(shape, ours):
 
 
 @by_shape
-def test_rows_of_one_length_give_their_logits(shape, ours):
-    """Tokens alone on both sides."""
+def test_rows_of_one_length_give_their_logits_and_losses(shape, ours):
+    """Tokens alone on both sides, and no mask in their load-balancing loss."""
     batch = batch_for(shape, seed=3)
+    batch = batch._replace(
+        mask_BL=np.ones_like(batch.mask_BL),
+        positions_BL=np.zeros_like(batch.positions_BL) + np.arange(12, dtype=np.int32),
+    )
     with torch.no_grad():
-        expected = theirs(shape)(input_ids=torch.tensor(batch.tokens_BL).long()).logits.numpy()
+        tokens = torch.tensor(batch.tokens_BL).long()
+        out = theirs(shape)(input_ids=tokens, output_router_logits=True)
     logits_BLV = np.asarray(ours(shape)(batch.tokens_BL))
-    assert np.abs(expected).max() > 1
-    assert np.abs(logits_BLV - expected).max() < CLOSE
+    assert out.logits.abs().max() > 1
+    assert np.abs(logits_BLV - out.logits.numpy()).max() < CLOSE
+    computed = compute(ours(shape), sharding.make_mesh(), batch)
+    np.testing.assert_allclose(computed.load_balance_pooled, out.aux_loss.item(), rtol=1e-5)
+    each = balance_losses(shape, out, None).numpy()
+    np.testing.assert_allclose(computed.load_balance_L, each, rtol=1e-5)
 
 
 def test_experts_on_a_mesh_give_their_logits(ours):
-    shape, sizes = "two kv heads, k=2", (1, 1, 4, 2)
+    shape, sizes = ON_A_MESH
     batch = batch_for(shape)
     computed = compute(ours(shape, sizes), sharding.make_mesh(*sizes), batch)
     found = differences(computed, computed_by_theirs(shape, batch), batch)
@@ -156,14 +170,14 @@ def their_answers(model, prompts):
     return made.sequences[:, longest:].tolist(), (best[..., 0] - best[..., 1]).min().item()
 
 
-@by_shape
-def test_greedy_answers_are_theirs(shape, ours):
+@by_shape_and_mesh
+def test_greedy_answers_are_theirs(shape, sizes, ours):
     """64 tokens after prompts of three lengths, from the cache on either side."""
     prompts = [(1, 30, 7, 7, 22), (1,), (1, 9, 8, 12, 30, 4, 19, 37, 2, 3, 11, 25, 6)]
     expected, lead = their_answers(theirs(shape), prompts)
     assert lead > 1e-4, f"{lead}: rounding may decide, take other prompts"
     assert all(len(answer) == NEW and len(set(answer)) > 3 for answer in expected)
-    engine = Engine(ours(shape), sharding.make_mesh(), eos_id=-1)
+    engine = Engine(ours(shape, sizes), sharding.make_mesh(*sizes), eos_id=-1)
     options = Options(NEW, temperature=0.0)
     assert engine.generate([Request(prompt, options) for prompt in prompts]) == expected
 
@@ -225,11 +239,7 @@ def compare_gradients(config, ours, theirs):
     return found
 
 
-@pytest.mark.parametrize(
-    ("shape", "sizes"),
-    [*((shape, ()) for shape in SHAPES), ("two kv heads, k=2", (1, 1, 4, 2))],
-    ids=str,
-)
+@by_shape_and_mesh
 def test_gradients_of_every_parameter_are_theirs(shape, sizes, ours):
     batch, model = batch_for(shape), ours(shape, sizes)
     parts, gradients = our_gradients(model, sharding.make_mesh(*sizes), batch)
