@@ -133,7 +133,7 @@ def test_weights_in_bfloat16_are_computed_with_in_float32_on_a_cpu():
 # ---- Mistral's pickles -------------------------------------------------------------------------
 
 
-def native_tensors(torch):
+def native_tensors():
     """The tensors of the native fixture."""
     safetensors = pytest.importorskip("safetensors.torch")
     return safetensors.load_file(FOLDER / "mistral" / "consolidated.safetensors")
@@ -157,7 +157,7 @@ def eight_parts(torch, tensors):
 
 def test_one_pickle_holds_the_same_parameters(tmp_path):
     torch = pytest.importorskip("torch")
-    torch.save(native_tensors(torch), tmp_path / "consolidated.00.pth")
+    torch.save(native_tensors(), tmp_path / "consolidated.00.pth")
     params = (FOLDER / "mistral" / "params.json").read_bytes()
     (tmp_path / "params.json").write_bytes(params)
     same(load("mistral", (), None), mixtral_jax.load_model(tmp_path)[0])
@@ -167,7 +167,7 @@ def test_one_pickle_holds_the_same_parameters(tmp_path):
 def test_eight_pickles_hold_the_same_parameters(config, tmp_path):
     """As released beside Hugging Face's files of 8x7B, whose config.json describes them too."""
     torch = pytest.importorskip("torch")
-    for number, part in enumerate(eight_parts(torch, native_tensors(torch))):
+    for number, part in enumerate(eight_parts(torch, native_tensors())):
         torch.save(part, tmp_path / f"consolidated.{number:02}.pt")
     folder = FOLDER / ("mistral" if config == "params.json" else "huggingface")
     (tmp_path / config).write_bytes((folder / config).read_bytes())
