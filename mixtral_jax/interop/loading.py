@@ -1,16 +1,24 @@
 """From files to devices, a tensor at a time.
 
 Each device first gets its empty share of every parameter. Then the tensors are read in the order of
-the files, each slice once, by the host whose devices own it, and written into place there, where
-experts and layers lie stacked. The host holds two tensors at a time, whatever the model's size.
+the files, each slice once, by the host whose devices own it, and written into place, where experts
+and layers lie stacked. A host holds a few tensors at a time, whatever the model's size.
+
+A CPU's devices have the host's own memory, where the share is written in blocks and then belongs to
+the device without a copy. To other devices the slice goes as it lies in the file, and is transposed
+there.
 """
 
 from __future__ import annotations
 
 import collections
 import itertools
+import math
+import os
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -28,7 +36,12 @@ from mixtral_jax.interop.names import Piece
 from mixtral_jax.interop.source import FileWeights
 from mixtral_jax.model.mixtral import Mixtral, abstract_state
 
-AHEAD = 2  # pieces under way at a time
+WORKERS = min(4, os.cpu_count() or 1)
+"""Pieces under way at a time."""
+BLOCK = 32
+"""Rows that a transposing copy writes at a time: measured in docs/performance.md."""
+ALIGNMENT = 64
+"""Bytes; XLA takes memory of the host's that is so aligned as its own."""
 
 
 class Loaded(NamedTuple):
@@ -47,6 +60,10 @@ class Share(NamedTuple):
     """By letter of the model's layout, L for the layers; with start and stop."""
     devices: tuple[jax.Device, ...]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(part.stop - part.start for part in self.slices.values())
+
     def place_of(self, piece: Piece) -> tuple[int, ...] | None:
         """Layer and expert of a piece within the share; None if it lies elsewhere."""
         place = []
@@ -63,7 +80,12 @@ class Share(NamedTuple):
         return {letter: self.slices[letter] for letter in letters}
 
 
-def load(weights: FileWeights, config: ModelConfig, mesh: jax.sharding.Mesh, progress) -> Loaded:
+def load(
+    weights: FileWeights,
+    config: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    progress: Callable[[int], object],
+) -> Loaded:
     """A model from files, on a mesh.
 
     Args:
@@ -74,39 +96,50 @@ def load(weights: FileWeights, config: ModelConfig, mesh: jax.sharding.Mesh, pro
     graphdef, abstract = abstract_state(config)
     flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(abstract)}
     where = {name: sharding.param_shardings(leaf, mesh).get_value() for name, leaf in flat.items()}
-    shares = {name: shares_of(name, leaf.shape, where[name]) for name, leaf in flat.items()}
-    buffers = {
-        (name, device): _empty(leaf, share, device)
+    buffers: dict[str, list[Buffer]] = {
+        name: [make_buffer(share, leaf.dtype) for share in shares_of(name, leaf.shape, where[name])]
         for name, leaf in flat.items()
-        for share in shares[name]
-        for device in share.devices
     }
-    total, under_way = 0, collections.deque()
-    for piece, following in _with_next(weights.places):
-        if following:
+
+    def transfer(piece: Piece, following: Piece | None) -> int:
+        if following is not None:
             weights.prefetch(following)
-        done = []
-        for share in shares[piece.parameter]:
-            place = share.place_of(piece)
-            if place is None:
-                continue
-            array, letters = weights.read(piece, slices=share.rest(piece.letters))
-            total += array.nbytes
-            progress(array.nbytes)
-            for device in share.devices:
-                key = piece.parameter, device
-                buffers[key], token = _write(buffers[key], array, letters, piece, place, device)
-                done.append(token)
-        under_way.append((piece, done))
-        if len(under_way) >= AHEAD:
-            _finish(weights, *under_way.popleft())
-    for piece, done in under_way:
-        _finish(weights, piece, done)
+        count = 0
+        for buffer in buffers[piece.parameter]:
+            place = buffer.share.place_of(piece)
+            if place is not None:
+                array, letters = weights.read(piece, slices=buffer.share.rest(piece.letters))
+                buffer.write(place, array, transposition(letters, piece.letters))
+                count += array.nbytes
+        weights.release(piece)
+        return count
+
+    total = 0
+    order = list(weights.places)
+    later = itertools.chain(order[WORKERS:], itertools.repeat(None))
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for count in _bounded_map(pool, transfer, zip(order, later)):
+            progress(count)
+            total += count
     for name, leaf in flat.items():
-        arrays = [buffers[name, device] for share in shares[name] for device in share.devices]
-        whole = jax.make_array_from_single_device_arrays(leaf.shape, where[name], arrays)
-        leaf.set_value(whole)
+        arrays = [array for buffer in buffers.pop(name) for array in buffer.arrays()]
+        leaf.set_value(jax.make_array_from_single_device_arrays(leaf.shape, where[name], arrays))
     return Loaded(nnx.merge(graphdef, abstract), total, time.perf_counter() - began)
+
+
+def _bounded_map(pool: ThreadPoolExecutor, function: Callable, calls: Iterator[tuple]) -> Iterator:
+    """Results in order. After an error no further call begins."""
+    pending: collections.deque = collections.deque()
+    try:
+        for call in calls:
+            pending.append(pool.submit(function, *call))
+            if len(pending) > 2 * WORKERS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
 
 
 def shares_of(name: str, shape: tuple[int, ...], where: jax.sharding.Sharding) -> list[Share]:
@@ -123,35 +156,82 @@ def shares_of(name: str, shape: tuple[int, ...], where: jax.sharding.Sharding) -
     ]
 
 
-def _empty(leaf, share: Share, device: jax.Device) -> jax.Array:
-    shape = tuple(part.stop - part.start for part in share.slices.values())
-    with sharding.no_mesh():
-        return jnp.zeros(shape, leaf.dtype, device=SingleDeviceSharding(device))
+# ---- where shares are put together --------------------------------------------------------------
 
 
-def _write(buffer, array: np.ndarray, letters: str, piece: Piece, place, device):
-    """The buffer with a piece's part at its place, and a value that is there when it is."""
-    axes = transposition(letters, piece.letters)
-    if device.platform == "cpu":  # device_put transposes ten times faster than XLA:CPU does
-        array, axes = array.transpose(axes), tuple(range(array.ndim))
-    with sharding.no_mesh():
-        part = jax.device_put(array, device)
-        return _update(buffer, part, np.array(place, np.int32), axes=axes)
+def make_buffer(share: Share, dtype: jnp.dtype) -> Buffer:
+    """An empty share of a parameter, on its devices."""
+    on_host = share.devices[0].platform == "cpu"
+    return HostBuffer(share, dtype) if on_host else DeviceBuffer(share, dtype)
+
+
+class HostBuffer:
+    """A share of CPU devices, in the host's memory."""
+
+    def __init__(self, share: Share, dtype: jnp.dtype):
+        self.share = share
+        count = math.prod(share.shape) * dtype.itemsize
+        memory = np.empty(count + ALIGNMENT, np.uint8)  # the system clears it page by page, in use
+        start = -memory.ctypes.data % ALIGNMENT
+        self._array = memory[start : start + count].view(dtype).reshape(share.shape)
+
+    def write(self, place: tuple[int, ...], array: np.ndarray, axes: tuple[int, ...]) -> None:
+        """Put a piece's part, transposed, at its layer and expert."""
+        target = self._array[place]
+        *others, last = range(array.ndim)
+        if axes == (last, *others):
+            rows = math.prod(array.shape[:-1])
+        elif axes == (*range(1, array.ndim), 0):
+            rows = array.shape[0]
+        else:
+            target[...] = array.transpose(axes)
+            return
+        matrix = np.ascontiguousarray(array).reshape(rows, -1)
+        transposed = target.reshape(-1, rows)
+        for row in range(0, rows, BLOCK):
+            transposed[:, row : row + BLOCK] = matrix[row : row + BLOCK].T
+
+    def arrays(self) -> list[jax.Array]:
+        """One array a device; they share their memory."""
+        with sharding.no_mesh():
+            return [jax.device_put(self._array, device) for device in self.share.devices]
+
+
+class DeviceBuffer:
+    """A share of accelerators, in their memory."""
+
+    def __init__(self, share: Share, dtype: jnp.dtype):
+        self.share, self._lock = share, threading.Lock()
+        with sharding.no_mesh():
+            self._arrays = [
+                jnp.zeros(share.shape, dtype, device=SingleDeviceSharding(device))
+                for device in share.devices
+            ]
+
+    def write(self, place: tuple[int, ...], array: np.ndarray, axes: tuple[int, ...]) -> None:
+        """Put a piece's part, transposed, at its layer and expert; returns when it is there."""
+        there, done = np.array(place, np.int32), []
+        with sharding.no_mesh():
+            parts = [jax.device_put(array, device) for device in self.share.devices]
+            with self._lock:  # each update takes the array that the one before it gave
+                for number, part in enumerate(parts):
+                    updated, token = _update(self._arrays[number], part, there, axes=axes)
+                    self._arrays[number] = updated
+                    done.append(token)
+            jax.block_until_ready(done)
+
+    def arrays(self) -> list[jax.Array]:
+        """One array a device."""
+        return self._arrays
+
+
+Buffer = HostBuffer | DeviceBuffer
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames="axes")
 def _update(buffer, part, place, axes):
+    """The buffer with a part at its place, and a value that is there when it is."""
     part = part.transpose(axes).astype(buffer.dtype)
     stacked = part[(None,) * len(place)]
     starts = [*place, *[0] * part.ndim]
-    buffer = jax.lax.dynamic_update_slice(buffer, stacked, starts)
-    return buffer, part[(0,) * part.ndim]
-
-
-def _finish(weights: FileWeights, piece: Piece, done: list[jax.Array]) -> None:
-    jax.block_until_ready(done)
-    weights.release(piece)
-
-
-def _with_next(pieces) -> Iterator[tuple[Piece, Piece | None]]:
-    return itertools.zip_longest(pieces, itertools.islice(pieces, 1, None))
+    return jax.lax.dynamic_update_slice(buffer, stacked, starts), part[(0,) * part.ndim]

@@ -32,7 +32,7 @@ def load_model(
 
     Recognised: this project's own checkpoints (a run folder, or one step of it), Hugging Face's
     form and Mistral's. Each tensor goes from its file to the devices that own it; the host holds
-    two tensors at a time. The model drops no tokens, whatever the run that made it did.
+    a few tensors at a time. The model drops no tokens, whatever the run that made it did.
 
     Args:
       mesh: from sharding.make_mesh; None is one device.

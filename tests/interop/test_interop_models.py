@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import threading
 
 import jax
 import ml_dtypes
@@ -151,25 +152,60 @@ def test_a_host_reads_only_what_its_devices_own(saved, monkeypatch):
     assert read[0] == read[1] == dict.fromkeys(names.EXPERTS, half)
 
 
-def test_no_more_than_two_pieces_are_under_way(saved, monkeypatch):
-    held, most = set(), []
+def test_few_pieces_are_under_way_at_a_time(saved, monkeypatch):
+    lock, held, most = threading.Lock(), set(), []
     weights = folders.open_weights(saved / "mistral")
     read, release = type(weights).read, type(weights).release
 
     def counted(self, piece, *arguments, **keywords):
-        held.add(piece)
-        most.append(len(held))
+        with lock:
+            held.add(piece)
+            most.append(len(held))
         return read(self, piece, *arguments, **keywords)
 
     def given_back(self, piece):
-        held.remove(piece)
+        with lock:
+            held.remove(piece)
         release(self, piece)
 
     monkeypatch.setattr(type(weights), "read", counted)
     monkeypatch.setattr(type(weights), "release", given_back)
     loading.load(weights, CONFIG, sharding.make_mesh(expert=2), lambda count: None)
     assert not held
-    assert max(most) <= loading.AHEAD
+    assert max(most) <= loading.WORKERS
+
+
+def test_an_error_while_loading_is_raised(saved, monkeypatch):
+    weights = folders.open_weights(saved / "mistral")
+
+    def fail(self, piece):
+        raise InputError("the disk is gone")
+
+    monkeypatch.setattr(type(weights), "release", fail)
+    with pytest.raises(InputError, match="the disk is gone"):
+        loading.load(weights, CONFIG, sharding.make_mesh(), lambda count: None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_accelerators_get_the_same_as_cpus(one, saved, sizes, dtype, monkeypatch):
+    monkeypatch.setattr(loading, "make_buffer", loading.DeviceBuffer)
+    model, _ = mixtral_jax.load_model(saved / "huggingface", sharding.make_mesh(*sizes), dtype)
+    monkeypatch.undo()
+    assert_same_bits(mixtral_jax.load_model(saved / "huggingface", dtype=dtype)[0], model)
+    if dtype == "float32":
+        assert_same_bits(one, model)
+
+
+def test_a_loaded_model_can_be_trained_on_where_it_lies(saved):
+    """Its memory may be NumPy's: donating it must neither fail nor change what others see."""
+    model, _ = mixtral_jax.load_model(saved / "huggingface", sharding.make_mesh(data=2))
+    again, _ = mixtral_jax.load_model(saved / "huggingface", sharding.make_mesh(data=2))
+    state = nnx.state(model)
+    stepped = jax.jit(lambda s: jax.tree.map(lambda a: a + 1, s), donate_argnums=0)(state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    for new, old in zip(jax.tree.leaves(plain(stepped)), jax.tree.leaves(plain(nnx.state(again)))):
+        np.testing.assert_array_equal(new, old + 1)
 
 
 # ---- the table ---------------------------------------------------------------------------------

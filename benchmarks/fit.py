@@ -1,0 +1,141 @@
+"""Does a model fit? Compile its prefill and decode for TPUs that are not there, and add up.
+
+    python benchmarks/fit.py --model mixtral_8x7b --topology v5e:2x4 mesh.expert=8
+    python benchmarks/fit.py --table       # the rows of docs/weights.md
+
+One JSON line: bytes on each device of the weights, the cache and the compiler's temporaries, with
+bf16 weights and cache. Needs libtpu (requirements-tpu.txt), not a TPU. `--topology none` leaves the
+compiler out and adds up weights and cache alone, for GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from functools import partial
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+
+from mixtral_jax import config_io, sharding
+from mixtral_jax.config import MeshConfig, check_mesh
+from mixtral_jax.generation.engine import Rows, programs
+from mixtral_jax.generation.sampling import Parameters
+from mixtral_jax.model.cache import make_cache
+from mixtral_jax.model.mixtral import abstract_state
+
+GIB = 2**30
+MEMORY = {"v5e": 16, "v5p": 95, "v6e": 32}  # GiB a chip, Cloud TPU documentation
+TABLE = [
+    ("mixtral_8x7b", "v5e:2x4", {"expert": 8}, 8, 4096),
+    ("mixtral_8x7b", "v5e:4x4", {"expert": 8, "tensor": 2}, 8, 4096),
+    ("mixtral_8x7b", "v5p:2x2x1", {"expert": 4}, 8, 4096),
+    ("mixtral_8x7b", "v6e:2x2", {"expert": 4}, 4, 4096),
+    ("mixtral_8x7b", "v6e:2x4", {"expert": 8}, 8, 4096),
+    ("mixtral_8x22b", "v5e:4x8", {"expert": 8, "tensor": 4}, 8, 4096),
+    ("mixtral_8x22b", "v5p:2x2x1", {"expert": 4}, 8, 4096),
+    ("mixtral_8x22b", "v6e:4x4", {"expert": 8, "tensor": 2}, 8, 4096),
+]
+
+
+def abstract(tree, mesh):
+    shardings = sharding.param_shardings(tree, mesh)
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings
+    )
+
+
+def held(tree) -> int:
+    """Bytes of a tree of sharded arrays on one device."""
+    return sum(
+        jnp.dtype(a.dtype).itemsize * math.prod(a.sharding.shard_shape(a.shape))
+        for a in jax.tree.leaves(tree)
+    )
+
+
+def fit(model: str, topology: str, mesh_sizes: dict, batch: int, context: int) -> dict:
+    """What `batch` sequences of `context` tokens, half of them prompt, take on each device."""
+    config = config_io.from_dict(
+        {
+            "model": {"preset": model, "param_dtype": "bfloat16", "compute_dtype": "bfloat16"},
+            "training": {"batch_size": MeshConfig(**mesh_sizes).batch_shards},
+        }
+    ).model
+    check_mesh(config, MeshConfig(**mesh_sizes))
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    mesh = sharding.make_mesh(**mesh_sizes, devices=devices)
+    graphdef, state = abstract_state(config)
+    params = abstract(state, mesh)
+
+    def rows_of(dtype, *shape):
+        where = NamedSharding(mesh, sharding.spec("batch"))
+        return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=where)
+
+    whole, real = rows_of(jnp.int32), rows_of(jnp.float32)
+    rows = Rows(whole, whole, rows_of(jnp.uint32), Parameters(real, whole, real))
+    tokens = rows_of(jnp.int32, context // 2)
+    prefill, decode = programs(graphdef, 2)
+    began = time.perf_counter()
+    with jax.set_mesh(mesh):
+        first = prefill.lower(params, tokens, rows, slots=context).compile()
+        progress, _ = jax.eval_shape(partial(prefill, slots=context), params, tokens, rows)
+        cache = held(jax.eval_shape(lambda: make_cache(config, batch, context, jnp.bfloat16)))
+        step = decode.lower(params, progress, rows).compile()
+    memory = MEMORY[topology.partition(":")[0]]
+    weights = held(params)
+    peaks = {}
+    for name, compiled in (("prefill", first), ("decode", step)):
+        m = compiled.memory_analysis()
+        peaks[name] = (
+            m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+        ) + m.temp_size_in_bytes
+    return {
+        "model": model,
+        "topology": topology,
+        "mesh": mesh_sizes,
+        "batch": batch,
+        "context": context,
+        "weights_gib": round(weights / GIB, 2),
+        "cache_gib": round(cache / GIB, 2),
+        "prefill_gib": round(peaks["prefill"] / GIB, 2),
+        "decode_gib": round(peaks["decode"] / GIB, 2),
+        "chip_gib": memory,
+        "fits": max(peaks.values()) < memory * GIB,
+        "compile_seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="mixtral_8x7b")
+    parser.add_argument("--topology", default="v5e:2x4")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("mesh", nargs="*", metavar="mesh.axis=N")
+    arguments = parser.parse_args()
+    if arguments.table:
+        for row in TABLE:
+            print(json.dumps(fit(*row)), flush=True)
+        return
+    sizes = config_io.apply_overrides({}, arguments.mesh).get("mesh", {})
+    print(
+        json.dumps(
+            fit(arguments.model, arguments.topology, sizes, arguments.batch, arguments.context)
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
