@@ -4,8 +4,7 @@
     python benchmarks/fit.py --table       # the rows of docs/weights.md
 
 One JSON line: bytes on each device of the weights, the cache and the compiler's temporaries, with
-bf16 weights and cache. Needs libtpu (requirements-tpu.txt), not a TPU. `--topology none` leaves the
-compiler out and adds up weights and cache alone, for GPUs.
+bf16 weights and cache. Needs libtpu (requirements-tpu.txt), not a TPU.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ TABLE = [
     ("mixtral_8x7b", "v5p:2x2x1", {"expert": 4}, 8, 4096),
     ("mixtral_8x7b", "v6e:2x2", {"expert": 4}, 4, 4096),
     ("mixtral_8x7b", "v6e:2x4", {"expert": 8}, 8, 4096),
-    ("mixtral_8x22b", "v5e:4x8", {"expert": 8, "tensor": 4}, 8, 4096),
+    ("mixtral_8x22b", "v5e:4x8", {"expert": 8, "tensor": 4}, 8, 4096, "padded"),
     ("mixtral_8x22b", "v5p:2x2x1", {"expert": 4}, 8, 4096),
     ("mixtral_8x22b", "v6e:4x4", {"expert": 8, "tensor": 2}, 8, 4096),
 ]
@@ -64,11 +63,16 @@ def held(tree) -> int:
     )
 
 
-def fit(model: str, topology: str, mesh_sizes: dict, batch: int, context: int) -> dict:
+def fit(
+    model: str, topology: str, mesh_sizes: dict, batch: int, context: int, exchange: str = ""
+) -> dict:
     """What `batch` sequences of `context` tokens, half of them prompt, take on each device."""
     config = config_io.from_dict(
         {
-            "model": {"preset": model, "param_dtype": "bfloat16", "compute_dtype": "bfloat16"},
+            "model": {
+                **{"preset": model, "param_dtype": "bfloat16", "compute_dtype": "bfloat16"},
+                "exchange": exchange,
+            },
             "training": {"batch_size": MeshConfig(**mesh_sizes).batch_shards},
         }
     ).model
@@ -104,6 +108,7 @@ def fit(model: str, topology: str, mesh_sizes: dict, batch: int, context: int) -
         "model": model,
         "topology": topology,
         "mesh": mesh_sizes,
+        "exchange": exchange or "ragged",
         "batch": batch,
         "context": context,
         "weights_gib": round(weights / GIB, 2),
@@ -123,18 +128,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("mesh", nargs="*", metavar="mesh.axis=N")
+    parser.add_argument("overrides", nargs="*", metavar="mesh.axis=N, model.exchange=padded")
     arguments = parser.parse_args()
     if arguments.table:
         for row in TABLE:
             print(json.dumps(fit(*row)), flush=True)
         return
-    sizes = config_io.apply_overrides({}, arguments.mesh).get("mesh", {})
-    print(
-        json.dumps(
-            fit(arguments.model, arguments.topology, sizes, arguments.batch, arguments.context)
-        )
+    values = config_io.apply_overrides({}, arguments.overrides)
+    result = fit(
+        arguments.model,
+        arguments.topology,
+        values.get("mesh", {}),
+        arguments.batch,
+        arguments.context,
+        values.get("model", {}).get("exchange", ""),
     )
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -22,21 +22,16 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-LARGEST = "layers' expert matrices"
 
 
 def model_config(gigabytes: float):
     """Widths of a quarter of 8x7B's, and as many layers as the size asks for."""
     from mixtral_jax.config import ModelConfig
 
-    sizes = dict(
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=7168,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        param_dtype="bfloat16",
-    )
+    sizes = {
+        **{"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 7168},
+        **{"num_attention_heads": 16, "num_key_value_heads": 4, "param_dtype": "bfloat16"},
+    }
     one = ModelConfig(**sizes, num_hidden_layers=1).num_parameters
     two = ModelConfig(**sizes, num_hidden_layers=2).num_parameters
     layers = max(1, round((gigabytes * 1e9 / 2 - (2 * one - two)) / (two - one)))

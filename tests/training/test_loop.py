@@ -2,16 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 
 import jax
+import numpy as np
 import pytest
 import sentencepiece
 from tiny import make_config
 
+import mixtral_jax
 from mixtral_jax import config_io, sharding
 from mixtral_jax.config import InputError, SourceConfig, TrainingError
-from mixtral_jax.interop import own
+from mixtral_jax.data.tokenizer import train_tokenizer
+from mixtral_jax.interop import folders, own, own_arrays
+from mixtral_jax.model.mixtral import initialize
 from mixtral_jax.training import loop
 from mixtral_jax.training.metrics import Reporter
 
@@ -193,3 +198,87 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="not writable"):
         loop.train(synthetic(tmp_path / "run"))
     assert jax.device_count() == 8
+
+
+# ---- starting from weights ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder in Hugging Face's form, with a tokenizer, and the model that it holds."""
+    folder = tmp_path_factory.mktemp("weights") / "huggingface"
+    documents = ["def first(words):\n    return words[0]\n", "class Words(list):\n    pass\n"]
+    tokenizer = train_tokenizer(documents, 290)
+    config = make_config(model={"vocab_size": 290, "load_balance_weight": 0.05}).model
+    model = initialize(config, jax.random.key(5), sharding.make_mesh())
+    mixtral_jax.save_model(model, tokenizer, folder, "huggingface")
+    return folder, model, tokenizer
+
+
+def from_weights(path, folder, *overrides, **model):
+    """The config of a run on text that starts from the weights in a folder."""
+    (path / "texts").mkdir(exist_ok=True)
+    for number in range(8):
+        text = f"def first(words):\n    return words[{number}]\n" * 9
+        (path / "texts" / f"{number}.txt").write_text(text)
+    training = {"steps": 2, "batch_size": 4, "sequence_length": 16, "log_every": 1}
+    training |= {"checkpoint_every": 1, "validate_every": 0, "warmup_steps": 0}
+    values = {
+        "model": {"checkpoint": str(folder), **model},
+        "training": training,
+        "data": {"train": str(path / "texts" / "*.txt")},
+        "run": {"dir": str(path / "run")},
+    }
+    (path / "config.yaml").write_text(json.dumps(values))
+    return config_io.load(path / "config.yaml", overrides, folders.training_sizes)
+
+
+def test_a_run_starts_from_weights_with_their_sizes_and_tokenizer(weights, tmp_path):
+    folder, model, tokenizer = weights
+    rate = "training.learning_rate=0"  # so that what is saved is what it started from
+    config = from_weights(tmp_path, folder, rate, "mesh.expert=2")
+    sizes = {"vocab_size": 290, "checkpoint": str(folder), "load_balance_weight": 0.05}
+    assert config.model == make_config(model=sizes).model
+    loop.train(config)
+    step = own.find(tmp_path / "run")
+    again = own_arrays.load_model(step, config.model, sharding.make_mesh())
+    for new, old in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(np.asarray(new), np.asarray(old))
+    assert own.load_extras(step).tokenizer.model_bytes == tokenizer.model_bytes
+    assert (tmp_path / "run" / "tokenizer.model").read_bytes() == tokenizer.model_bytes
+
+
+def test_a_run_that_started_from_weights_goes_on_without_them(weights, tmp_path):
+    folder, _, _ = weights
+    moved = tmp_path / "weights"
+    shutil.copytree(folder, moved)
+    loop.train(from_weights(tmp_path, moved))
+    first = lines(tmp_path / "run")
+    assert [record["step"] for record in first] == [1, 2]
+    config = from_weights(tmp_path, moved, "training.steps=3")
+    (moved / "model.safetensors").unlink()
+    loop.train(config)
+    assert [record["step"] for record in lines(tmp_path / "run")] == [1, 2, 3]
+    assert lines(tmp_path / "run")[:2] == first
+
+
+def test_sizes_that_contradict_the_weights_are_refused(weights, tmp_path):
+    folder, _, _ = weights
+    with pytest.raises(InputError, match=r"model.hidden_size=48, but model.checkpoint=.* has 24"):
+        from_weights(tmp_path, folder, hidden_size=48)
+    with pytest.raises(InputError, match=r"model.preset=mixtral_8x7b: model.checkpoint=.* decides"):
+        from_weights(tmp_path, folder, preset="mixtral_8x7b")
+    with pytest.raises(InputError, match=r"checkpoint folder .*none does not exist"):
+        from_weights(tmp_path, tmp_path / "none")
+    free = {"max_position_embeddings": 32, "load_balance_weight": 0.5, "hidden_size": "24"}
+    model = from_weights(tmp_path, folder, **free).model
+    assert (model.max_position_embeddings, model.load_balance_weight) == (32, 0.5)
+
+
+def test_weights_without_a_tokenizer_ask_for_one(weights, tmp_path):
+    folder = tmp_path / "bare"
+    shutil.copytree(weights[0], folder)
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(InputError, match=r"has no tokenizer.model: name one as data.tokenizer"):
+        loop.train(from_weights(tmp_path, folder))
+    assert not (tmp_path / "run").exists()
