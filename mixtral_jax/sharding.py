@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 
 from mixtral_jax.config import InputError, MeshConfig
@@ -82,7 +83,13 @@ def make_mesh(
             f"a mesh of {axes} needs {wanted} devices, and this machine has {len(devices)} "
             f"({devices[0].device_kind}): use a smaller mesh"
         )
-    return jax.make_mesh(sizes, AXES, devices=devices[:wanted])
+    devices = devices[:wanted]
+    try:
+        return jax.make_mesh(sizes, AXES, devices=devices)
+    except NotImplementedError:  # an axis would take a part of a row of chips
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
+        return jax.sharding.Mesh(grid, AXES, axis_types=explicit)
 
 
 def mesh_from_config(config: MeshConfig) -> jax.sharding.Mesh:

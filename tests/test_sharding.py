@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import topologies
 from jax.sharding import AxisType, PartitionSpec
 
 from mixtral_jax import sharding
@@ -174,3 +175,22 @@ def test_a_coordinator_needs_the_numbers_of_the_processes(monkeypatch, variables
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message):
         sharding.start(MeshConfig())
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize(
+    ("topology", "sizes"),
+    [
+        ("v5e:4x4", {"expert": 8, "tensor": 2}),
+        ("v6e:4x4", {"expert": 8, "tensor": 2}),
+        ("v5p:4x4x4", {"expert": 8, "fsdp": 8}),
+        ("v5p:2x2x2", {"data": 2, "expert": 4}),
+    ],
+)
+def test_a_mesh_may_split_a_row_of_chips(topology, sizes):
+    pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs, is not installed")
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    mesh = sharding.make_mesh(**sizes, devices=devices)
+    assert {axis: n for axis, n in mesh.shape.items() if n > 1} == sizes
+    assert sorted(d.id for d in mesh.devices.flat) == sorted(d.id for d in devices)
+    assert mesh.axis_types == sharding.make_mesh().axis_types
