@@ -21,7 +21,17 @@ from flax import nnx
 from mixtral_jax import sharding
 from mixtral_jax.config import Config, InputError, ModelConfig, TrainingConfig
 from mixtral_jax.data.tokenizer import Tokenizer
-from mixtral_jax.interop import configs, folders, layout, loading, names, own, own_arrays, source
+from mixtral_jax.interop import (
+    configs,
+    folders,
+    layout,
+    loading,
+    names,
+    own,
+    own_arrays,
+    source,
+    tokenizer_json,
+)
 from mixtral_jax.interop.names import Format, Piece
 from mixtral_jax.interop.safetensors import write_safetensors
 from mixtral_jax.model.mixtral import Mixtral
@@ -204,7 +214,16 @@ def write_huggingface(
         values = configs.to_huggingface(weights.config, stored)
         _write_json(folder / folders.HUGGING_FACE_CONFIG, values)
         _write_json(folder / "generation_config.json", configs.generation_config())
-        _write_tokenizer(folder, tokenizer)
+        _write_tokenizer(folder, _for_transformers(tokenizer))
+
+
+def _for_transformers(tokenizer: TokenizerFiles) -> TokenizerFiles:
+    """The files, and those that AutoTokenizer wants beside a SentencePiece model, if not there."""
+    name = next((name for name in folders.TOKENIZERS if name in tokenizer), None)
+    if name is None or tokenizer_json.TOKENIZER_JSON in tokenizer:
+        return tokenizer
+    made = tokenizer_json.huggingface_files(Tokenizer.from_bytes(tokenizer[name], name))
+    return {**made, **tokenizer}
 
 
 def write_mistral(
