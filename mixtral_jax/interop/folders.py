@@ -13,6 +13,7 @@ from typing import Any
 from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.interop import configs, own, pickles, source
+from mixtral_jax.interop.strict_json import one_line
 
 HUGGING_FACE_CONFIG, MISTRAL_CONFIG = "config.json", "params.json"
 # The first that is there; a folder with several has the same pieces in each.
@@ -36,10 +37,17 @@ def recognise(path: str | os.PathLike) -> Kind:
     Raises:
       InputError: if it is none, naming what is missing.
     """
-    path = pathlib.Path(path)
+    try:
+        return _recognise(pathlib.Path(path))
+    except OSError as error:  # no permission, a name too long
+        raise InputError(f"checkpoint folder {one_line(path)}: {error.strerror}") from None
+
+
+def _recognise(path: pathlib.Path) -> Kind:
+    name = one_line(path)
     if not path.is_dir():
         what = "is a file: name its folder" if path.exists() else "does not exist"
-        raise InputError(f"checkpoint folder {path} {what}")
+        raise InputError(f"checkpoint folder {name} {what}")
     if own.is_one(path):
         return Kind.OWN
     if any((path / name).exists() for name in (source.INDEX, source.SINGLE)):
@@ -49,9 +57,9 @@ def recognise(path: str | os.PathLike) -> Kind:
     expected = f"{source.SINGLE}, {source.INDEX} or {source.MISTRAL_FILE}"
     for pattern in ("*.safetensors", "*.bin", "*.gguf", HUGGING_FACE_CONFIG, MISTRAL_CONFIG):
         if found := sorted(path.glob(pattern)):
-            raise InputError(f"{path} has {found[0].name} but no {expected}")
+            raise InputError(f"{name} has {one_line(found[0].name)} but no {expected}")
     raise InputError(
-        f"{path} holds no checkpoint: name a run folder such as runs/quickstart, one step in its "
+        f"{name} holds no checkpoint: name a run folder such as runs/quickstart, one step in its "
         f"{own.FOLDER}/, or a folder with {expected}"
     )
 
@@ -81,7 +89,9 @@ def open_weights(path: str | os.PathLike) -> source.FileWeights:
     """
     path, kind = pathlib.Path(path), recognise(path)
     if kind is Kind.OWN:
-        raise InputError(f"{path} holds this project's own checkpoint, whose files orbax reads")
+        raise InputError(
+            f"{one_line(path)} holds this project's own checkpoint, whose files orbax reads"
+        )
     description = describe(path)
     huggingface = kind is Kind.HUGGING_FACE
     files = source.huggingface_files(path) if huggingface else source.mistral_files(path)
@@ -107,10 +117,13 @@ def load_tokenizer(path: str | os.PathLike, vocab_size: int) -> Tokenizer | None
     file = find_tokenizer(path)
     if file is None:
         return None
-    tokenizer = Tokenizer.from_file(file)
+    try:
+        tokenizer = Tokenizer.from_file(file)
+    except InputError as error:
+        raise InputError(one_line(error)) from None
     if tokenizer.vocab_size != vocab_size:
         raise InputError(
-            f"tokenizer {file} has {tokenizer.vocab_size} pieces, but the embedding has "
+            f"tokenizer {one_line(file)} has {tokenizer.vocab_size} pieces, but the embedding has "
             f"{vocab_size} rows: it is another model's"
         )
     return tokenizer
@@ -130,9 +143,10 @@ def training_sizes(checkpoint: str) -> dict[str, Any]:
 
 def dense_error(path: pathlib.Path) -> InputError:
     """What to do with a dense model."""
+    name = one_line(path)
     return InputError(
-        f"{path} holds a dense model: make a sparse one of it with python -m "
-        f"mixtral_jax.interop.convert {path} TARGET --to orbax --upcycle 8"
+        f"{name} holds a dense model: make a sparse one of it with python -m "
+        f"mixtral_jax.interop.convert {name} TARGET --to orbax --upcycle 8"
     )
 
 
@@ -156,7 +170,8 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             path.rmdir()  # it was empty
         temporary.rename(path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+        reason = error.strerror or error
+        raise InputError(f"{one_line(path)} cannot be written: {reason}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -164,7 +179,9 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 def check_free(path: str | os.PathLike) -> None:
     """Raises InputError if there is something at a path that is to become a new folder."""
     path = pathlib.Path(path)
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if path.exists() or path.is_symlink():
-        raise InputError(f"{path} exists already: name a new folder, or remove that one")
+    try:
+        free = not any(path.iterdir()) if path.is_dir() else not os.path.lexists(path)
+    except OSError as error:  # no permission, a name too long
+        raise InputError(f"{one_line(path)} cannot be written: {error.strerror}") from None
+    if not free:
+        raise InputError(f"{one_line(path)} exists already: name a new folder, or remove that one")

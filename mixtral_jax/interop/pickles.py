@@ -11,6 +11,7 @@ import numpy as np
 
 from mixtral_jax.config import InputError
 from mixtral_jax.interop.safetensors import TensorInfo
+from mixtral_jax.interop.strict_json import one_line, quote
 
 PATTERNS = ("consolidated.[0-9][0-9].pth", "consolidated.[0-9][0-9].pt")
 
@@ -32,9 +33,13 @@ class PickleFile:
             loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise InputError(f"{path} cannot be read as a file of weights only: {reason}") from None
+            raise InputError(
+                f"{one_line(path)} cannot be read as a file of weights only: {one_line(reason)}"
+            ) from None
         if not isinstance(loaded, dict):
-            raise InputError(f"{path} holds a {type(loaded).__name__}, not tensors by name")
+            raise InputError(
+                f"{one_line(path)} holds a {type(loaded).__name__}, not tensors by name"
+            )
         self._arrays = {name: _to_numpy(tensor, path, name) for name, tensor in loaded.items()}
         self.tensors, at = {}, 0
         for name, array in self._arrays.items():
@@ -57,11 +62,17 @@ class PickleFile:
 def _to_numpy(tensor: object, path: pathlib.Path, name: object) -> np.ndarray:
     import torch
 
+    where = f"{one_line(path)}: {quote(name)}"
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-        raise InputError(f"{path}: {name!r} is a {type(tensor).__name__}, not a tensor")
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+        raise InputError(f"{where} is a {type(tensor).__name__}, not a tensor")
+    tensor = tensor.detach()  # a module's parameter
+    try:
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+    except (TypeError, RuntimeError):  # sparse, quantized, of float8 or without data
+        kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+        raise InputError(f"{where} is {kind}: NumPy cannot hold it as it is") from None
 
 
 def open_pickles(paths: Sequence[pathlib.Path]) -> list[PickleFile]:
@@ -72,8 +83,8 @@ def open_pickles(paths: Sequence[pathlib.Path]) -> list[PickleFile]:
     """
     if importlib.util.find_spec("torch") is None:
         raise InputError(
-            f"{paths[0]} is a pickle, which may run code when loaded: install PyTorch, whose safe "
-            f"loader is used then, and convert it: pip install torch && python -m "
-            f"mixtral_jax.interop.convert {paths[0].parent} TARGET --to mistral"
+            f"{one_line(paths[0])} is a pickle, which may run code when loaded: install PyTorch, "
+            f"whose safe loader is used then, and convert it: pip install torch && python -m "
+            f"mixtral_jax.interop.convert {one_line(paths[0].parent)} TARGET --to mistral"
         )
     return [PickleFile(path) for path in paths]

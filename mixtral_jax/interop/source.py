@@ -7,6 +7,7 @@ an error that names the file and the tensor.
 
 from __future__ import annotations
 
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,10 +20,13 @@ from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.interop import configs, layout, names, pickles
 from mixtral_jax.interop.names import Entry, Format, Piece
 from mixtral_jax.interop.safetensors import SafetensorsFile, TensorInfo
+from mixtral_jax.interop.strict_json import one_line, quote
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MISTRAL_FILE = "consolidated.safetensors"
+_LONGEST_NAME = 255  # of a file, in any file system of Linux
+_MOST_MISSING = 1000  # tensors that are counted before an error says that they are missing
 DTYPES = {
     np.dtype(np.float32): "float32",
     np.dtype(np.float16): "float16",
@@ -117,29 +121,32 @@ def huggingface_files(folder: pathlib.Path) -> list[File]:
     """
     if not (folder / INDEX).exists():
         return [SafetensorsFile(folder / SINGLE)]
-    path = folder / INDEX
-    weight_map = configs.read_json(path).get("weight_map")
+    name = one_line(folder / INDEX)
+    weight_map = configs.read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{path} has no weight_map: it is not the index of a checkpoint")
+        raise InputError(f"{name} has no weight_map: it is not the index of a checkpoint")
     for tensor, shard in weight_map.items():
         own_name = isinstance(shard, str) and pathlib.PurePath(shard).name == shard
-        if not own_name or shard in ("", ".."):
-            raise InputError(f"{path}: {tensor!r} is in {shard!r}, which is no file of that folder")
+        if not own_name or shard in ("", "..") or len(shard) > _LONGEST_NAME:
+            raise InputError(
+                f"{name}: {quote(tensor)} is in {quote(shard)}, which is no file of that folder"
+            )
     files = []
     for shard in sorted(set(weight_map.values())):
-        if not (folder / shard).exists():
+        if not os.path.exists(folder / shard):  # unlike Path.exists, whatever the name
             missing = sum(s == shard for s in weight_map.values())
             raise InputError(
-                f"{folder / shard} is missing: {INDEX} expects {missing} tensors there"
+                f"{one_line(folder / shard)} is missing: {INDEX} expects {missing} tensors there"
             )
         files.append(SafetensorsFile(folder / shard))
     for file in files:
+        name = one_line(file.path)
         listed = {tensor for tensor, shard in weight_map.items() if shard == file.path.name}
         for tensor in sorted(listed - set(file.tensors)):
-            raise InputError(f"{file.path} has no tensor {tensor}, which {INDEX} expects there")
+            raise InputError(f"{name} has no tensor {quote(tensor)}, which {INDEX} expects there")
         for tensor in sorted(set(file.tensors) - listed):
             raise InputError(
-                f"{file.path} has a tensor {tensor!r} that {INDEX} does not name there"
+                f"{name} has a tensor {quote(tensor)} that {INDEX} does not name there"
             )
     return files
 
@@ -177,7 +184,10 @@ def plan(folder: pathlib.Path, files: Sequence[File], config: ModelConfig, form:
     for file in files:
         for tensor in file.tensors:
             if tensor in homes:
-                raise InputError(f"{file.path}: tensor {tensor!r} is in {homes[tensor].path} too")
+                raise InputError(
+                    f"{one_line(file.path)}: tensor {quote(tensor)} is in "
+                    f"{one_line(homes[tensor].path.name)} too"
+                )
             homes[tensor] = file
     counts = names.sizes(config)
     places, missing = [], []
@@ -187,18 +197,23 @@ def plan(folder: pathlib.Path, files: Sequence[File], config: ModelConfig, form:
         entry = form.entry(piece)
         if entry.name not in homes:
             missing.append(entry.name)
+            if len(missing) == _MOST_MISSING:  # a config may promise millions
+                break
             continue
         place = Place(piece, entry, homes[entry.name])
         _check(place, layout.tensor_shape(entry, counts))
         places.append(place)
     if missing:
-        more = f" (and {len(set(missing)) - 1} more)" if len(set(missing)) > 1 else ""
+        count = f"{len(set(missing)) - 1}{' or' if len(missing) == _MOST_MISSING else ''} more"
+        more = f" (and {count})" if len(set(missing)) > 1 else ""
         raise InputError(
-            f"{folder} lacks tensor {missing[0]}{more}: its config promises "
+            f"{one_line(folder)} lacks tensor {missing[0]}{more}: its config promises "
             f"{config.num_hidden_layers} layers of {config.num_local_experts} experts"
         )
     for tensor in sorted(set(homes) - {place.entry.name for place in places}):
-        raise InputError(f"{homes[tensor].path}: tensor {tensor!r} is not a Mixtral's")
+        raise InputError(
+            f"{one_line(homes[tensor].path)}: tensor {quote(tensor)} is not a Mixtral's"
+        )
     order = {id(file): number for number, file in enumerate(files)}
     places.sort(key=lambda place: (order[id(place.file)], place.info.start))
     types = {place.info.dtype for place in places}
@@ -208,7 +223,8 @@ def plan(folder: pathlib.Path, files: Sequence[File], config: ModelConfig, form:
 
 
 def _check(place: Place, wanted: tuple[int, ...]) -> None:
-    where, info = f"{place.file.path}: tensor {place.entry.name}", place.info
+    where = f"{one_line(place.file.path)}: tensor {place.entry.name}"
+    info = place.info
     if info.shape != wanted:
         raise InputError(f"{where} has shape {info.shape}, and its config wants {wanted}")
     if info.dtype not in DTYPES:
