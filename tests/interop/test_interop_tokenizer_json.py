@@ -6,16 +6,22 @@ import json
 import pathlib
 import sysconfig
 
+import jax
 import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixtral_jax.config import InputError
+import mixtral_jax
+from mixtral_jax import sharding
+from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.data.chat import encode_chat
 from mixtral_jax.data.tokenizer import Tokenizer, train_tokenizer
+from mixtral_jax.interop.conversion import convert
+from mixtral_jax.interop.folders import Kind
 from mixtral_jax.interop.sentencepiece_model import PieceType, read_model
 from mixtral_jax.interop.tokenizer_json import huggingface_files, merges
+from mixtral_jax.model.mixtral import initialize
 
 JSON_ROOM = pathlib.Path(sysconfig.get_paths()["stdlib"]) / "json"
 SOURCES = [path.read_text(encoding="utf-8") for path in sorted(JSON_ROOM.glob("*.py"))]
@@ -355,3 +361,44 @@ def test_no_template_where_an_answer_cannot_be_told_from_what_is_before_it(flag)
     lines = ["a] a b] c] a] [INST]"] * 50  # which makes "]▁[" a piece if pieces may hold spaces
     assert "chat_template" in read(trained(vocab_size=276, lines=lines))[1]
     assert "chat_template" not in read(trained(vocab_size=276, lines=lines, **{flag: False}))[1]
+
+
+# ---- in checkpoint folders ---------------------------------------------------------------------
+
+
+def save(tokenizer, folder, form):
+    """With a model of the smallest sizes."""
+    sizes = {"hidden_size": 4, "intermediate_size": 3, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, **sizes, **heads)
+    model = initialize(config, jax.random.key(0), sharding.make_mesh())
+    mixtral_jax.save_model(model, tokenizer, folder, form)
+
+
+def test_a_converted_folder_has_them_and_those_of_the_source_win(tmp_path):
+    tokenizer = ours("own")
+    first, second, third, fourth = (tmp_path / name for name in "abcd")
+    save(tokenizer, first, "mistral")
+    made = huggingface_files(tokenizer)
+    assert not any((first / file).exists() for file in made)
+    convert(first, second, Kind.HUGGING_FACE)
+    assert {file: (second / file).read_bytes() for file in made} == made
+
+    (second / "tokenizer.json").unlink()
+    (second / "tokenizer_config.json").write_bytes(b"{}")
+    convert(second, third, Kind.HUGGING_FACE)
+    assert (third / "tokenizer.json").read_bytes() == made["tokenizer.json"]
+    assert (third / "tokenizer_config.json").read_bytes() == b"{}"
+
+    (third / "tokenizer.json").write_bytes(b"{}")
+    (third / "tokenizer_config.json").unlink()
+    convert(third, fourth, Kind.HUGGING_FACE)
+    assert (fourth / "tokenizer.json").read_bytes() == b"{}"
+    assert not (fourth / "tokenizer_config.json").exists()
+
+
+def test_a_v2_folder_keeps_its_version(tmp_path):
+    tokenizer = ours("mistral-v2")
+    save(tokenizer, tmp_path / "a", "huggingface")
+    made = huggingface_files(tokenizer)
+    assert {file: (tmp_path / "a" / file).read_bytes() for file in made} == made
