@@ -3,7 +3,8 @@
 A checkpoint is a folder with two items, and a third where training may go on from it:
 
   params      the weights, by name
-  run         JSON: config, place in the data, tokenizer (base64) and a checksum of every array
+  run         JSON: config, place in the data, tokenizer (base64), its version where its pieces do
+              not tell, and a checksum of every array
   optimizer   the rest of the training state
 
 A run keeps one for each saved step, in RUN/checkpoints/STEP.
@@ -24,6 +25,7 @@ from mixtral_jax.data.tokenizer import Tokenizer
 
 FOLDER = "checkpoints"
 PARAMS, RUN = "params", "run"
+_VERSION = "tokenizer_version"
 _JSON = pathlib.Path(RUN) / "metadata"  # where orbax puts an item that is JSON
 
 
@@ -91,7 +93,8 @@ def extras_of(run: dict) -> Extras:
     """What a checkpoint's JSON says."""
     tokenizer = run["tokenizer"]
     if tokenizer is not None:
-        tokenizer = Tokenizer.from_bytes(base64.b64decode(tokenizer))
+        suffix = ".v2" if run.get(_VERSION) == "v2" else ""
+        tokenizer = Tokenizer.from_bytes(base64.b64decode(tokenizer), f"tokenizer.model{suffix}")
     data_state = np.asarray(run["data_state"], np.int64)
     return Extras(config_io.from_dict(run["config"]), data_state, tokenizer, None)
 
@@ -99,10 +102,13 @@ def extras_of(run: dict) -> Extras:
 def run_of(extras: Extras, checksums: dict[str, dict[str, int]]) -> dict:
     """The JSON of a checkpoint, which `extras_of` reads."""
     tokenizer = extras.tokenizer
+    # Absent where the pieces say it all, as they do in what older checkpoints hold.
+    version = {_VERSION: "v2"} if tokenizer and tokenizer.version == "v2" else {}
     return {
         "config": config_io.to_dict(extras.config),
         "data_state": extras.data_state.tolist(),
         "tokenizer": tokenizer and base64.b64encode(tokenizer.model_bytes).decode(),
+        **version,
         "checksums": checksums,
     }
 
