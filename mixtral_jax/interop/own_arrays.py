@@ -7,8 +7,14 @@ still decodes is found out.
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
+import os
 import pathlib
+import re
+import shutil
+import threading
+import time
 from typing import Any
 
 import jax
@@ -19,6 +25,7 @@ from flax import nnx
 from mixtral_jax import sharding
 from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.interop import own
+from mixtral_jax.interop.strict_json import one_line
 from mixtral_jax.model.mixtral import Mixtral, abstract_state
 
 
@@ -59,10 +66,11 @@ def restore(path: pathlib.Path, item: str, abstract: Any, run: dict) -> Any:
 
 @contextlib.contextmanager
 def _quiet():
-    """Hide orbax's warnings about sharding files: the target's shardings are always given."""
+    """Hide orbax's warnings about sharding files, for the target's shardings are always given, and
+    the errors of its threads, which are raised too."""
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
@@ -70,7 +78,7 @@ def _quiet():
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
+    text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
 
 
@@ -99,9 +107,45 @@ def load_model(path: pathlib.Path, config: ModelConfig, mesh: jax.sharding.Mesh)
 
 
 def write_model(model: Mixtral, extras: own.Extras, path: pathlib.Path) -> None:
-    """Write a checkpoint without an optimizer; `path` does not exist, and its folder does."""
+    """Write a checkpoint without an optimizer; `path` does not exist, and its folder does.
+
+    Raises:
+      InputError: if it cannot be written; nothing is there then.
+    """
     params = nnx.to_pure_dict(nnx.state(model))
     run = own.run_of(extras, {own.PARAMS: checksums(params)})
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        items = {own.PARAMS: ocp.args.StandardSave(params), own.RUN: ocp.args.JsonSave(run)}
-        checkpointer.save(path.resolve(), args=ocp.args.Composite(**items))
+    path, threads = path.resolve(), set(threading.enumerate())
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer, _quiet():
+            items = {own.PARAMS: ocp.args.StandardSave(params), own.RUN: ocp.args.JsonSave(run)}
+            checkpointer.save(path, args=ocp.args.Composite(**items))
+    except BaseException as error:
+        with _quiet():
+            _join(set(threading.enumerate()) - threads)
+        if jax.process_index() == 0:
+            _remove(path)
+        # tensorstore says with a ValueError that a disk is full.
+        if not isinstance(error, OSError | ValueError | RuntimeError):
+            raise
+        raise InputError(f"{one_line(path)} cannot be written: {_reason(error)}") from None
+
+
+def _join(threads: set[threading.Thread]) -> None:
+    """Wait for threads that write, not for those that wait for work."""
+    end = time.monotonic() + 2
+    for thread in threads:
+        with contextlib.suppress(Exception):  # orbax's threads raise what they met here, too
+            thread.join(max(0, end - time.monotonic()))
+
+
+def _remove(path: pathlib.Path) -> None:
+    """What orbax has begun of a checkpoint, which it leaves; tensorstore may still be writing."""
+    for _ in range(5):
+        for begun in path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(begun, ignore_errors=True)
+        time.sleep(0.1)
+
+
+def _reason(error: Exception) -> str:
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else one_line(_first_line(error))
