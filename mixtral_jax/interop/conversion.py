@@ -14,6 +14,7 @@ from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.interop import folders, loading, models, saving
 from mixtral_jax.interop.folders import Kind
 from mixtral_jax.interop.source import INDEX
+from mixtral_jax.interop.strict_json import one_line
 from mixtral_jax.interop.upcycling import Upcycled
 from mixtral_jax.model.mixtral import Mixtral
 
@@ -139,4 +140,4 @@ def _say_what_was_left(source: pathlib.Path, carried: list[pathlib.Path]) -> Non
         if path.name not in known and path.suffix not in (".safetensors", ".pt", ".pth")
     )
     if left:
-        print(f"not carried over: {', '.join(left)}", file=sys.stderr)
+        print(f"not carried over: {', '.join(map(one_line, left))}", file=sys.stderr)

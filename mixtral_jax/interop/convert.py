@@ -17,6 +17,7 @@ import sys
 from mixtral_jax.command_line import Parser, report
 from mixtral_jax.config import InputError, MeshConfig
 from mixtral_jax.interop.folders import Kind, check_free, recognise
+from mixtral_jax.interop.strict_json import quote
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -29,10 +30,10 @@ def size(text: str) -> int:
     Raises:
       InputError: if it is none, or less than 1.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Za-z]*)", text.strip())
-    unit = UNITS.get((match[2] or "B").upper()) if match else None
-    if unit is None or not float(match[1]) * unit >= 1:
-        raise InputError(f"--max-shard-size {text!r} must look like 5GB or 500MiB")
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)", text.strip())
+    unit = UNITS.get((match[2] or "B").upper(), 0) if match else 0
+    if not 1 <= unit * float(match[1] if match else 0) < 2**63:
+        raise InputError(f"--max-shard-size {quote(text)} must look like 5GB or 500MiB")
     return int(float(match[1]) * unit)
 
 
