@@ -23,7 +23,7 @@ LONGEST_FILE = 10_000_000
 """Bytes of a JSON file; the index of Mixtral 8x22B has 0.2 million."""
 
 # Above these nothing can be real, and below them plans and sums stay small.
-_MOST_LAYERS = _MOST_EXPERTS = 1000
+_MOST_LAYERS = MOST_EXPERTS = 1000
 _MOST_TOKENS = 2**31 - 1
 
 _DENSE, _SPARSE = "MistralForCausalLM", "MixtralForCausalLM"
@@ -118,8 +118,8 @@ def from_huggingface(values: Mapping[str, Any], name: str) -> Description:
         "num_hidden_layers": read.size("num_hidden_layers", _MOST_LAYERS),
         "num_attention_heads": read.size("num_attention_heads"),
         "head_dim": read.size("head_dim") if read.given("head_dim") else None,
-        "num_local_experts": 1 if dense else read.size("num_local_experts", _MOST_EXPERTS),
-        "num_experts_per_tok": 1 if dense else read.size("num_experts_per_tok", _MOST_EXPERTS),
+        "num_local_experts": 1 if dense else read.size("num_local_experts", MOST_EXPERTS),
+        "num_experts_per_tok": 1 if dense else read.size("num_experts_per_tok", MOST_EXPERTS),
         "rope_theta": _rope_theta(values, read),
         "rms_norm_eps": read.number("rms_norm_eps"),
         "max_position_embeddings": read.size("max_position_embeddings", _MOST_TOKENS),
@@ -202,8 +202,8 @@ def from_mistral(values: Mapping[str, Any], name: str) -> Description:
         "num_attention_heads": read.size("n_heads"),
         "num_key_value_heads": read.size("n_kv_heads"),
         "head_dim": read.size("head_dim"),
-        "num_local_experts": moe.size("num_experts", _MOST_EXPERTS) if moe else 1,
-        "num_experts_per_tok": moe.size("num_experts_per_tok", _MOST_EXPERTS) if moe else 1,
+        "num_local_experts": moe.size("num_experts", MOST_EXPERTS) if moe else 1,
+        "num_experts_per_tok": moe.size("num_experts_per_tok", MOST_EXPERTS) if moe else 1,
         "rope_theta": read.number("rope_theta") if read.given("rope_theta") else 1e6,
         "rms_norm_eps": read.number("norm_eps"),
         "max_position_embeddings": read.size(longest, _MOST_TOKENS) if longest else 32768,

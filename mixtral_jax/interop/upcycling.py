@@ -14,8 +14,10 @@ import numpy as np
 
 from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.interop import names
+from mixtral_jax.interop.configs import MOST_EXPERTS
 from mixtral_jax.interop.names import Piece
 from mixtral_jax.interop.source import FileWeights
+from mixtral_jax.interop.strict_json import quote
 
 
 class Upcycled:
@@ -31,13 +33,15 @@ class Upcycled:
             raise InputError("--upcycle is for a dense model, and this one has experts already")
         if seed < 0:
             raise InputError(f"--seed={seed} must be at least 0")
+        if experts > MOST_EXPERTS:  # which nothing could read again
+            raise InputError(f"--upcycle {quote(experts)} must be at most {MOST_EXPERTS}")
         self._dense, self._seed = dense, seed
         try:
             self.config: ModelConfig = dataclasses.replace(
                 dense.config, num_local_experts=experts, num_experts_per_tok=per_token
             )
         except InputError as error:
-            flags = f"--upcycle {experts} --experts-per-token {per_token}"
+            flags = f"--upcycle {quote(experts)} --experts-per-token {quote(per_token)}"
             raise InputError(f"{flags}: {error}") from None
 
     @property
