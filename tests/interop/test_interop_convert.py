@@ -408,7 +408,7 @@ def test_a_bar_is_for_terminals(sources, main, tmp_path, monkeypatch, to, termin
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     code, out, err = main(sources / "float32" / "huggingface", tmp_path / "target", to)
     assert (code, out.count("\n")) == (0, 1)
-    assert bool(err) == ("kB/s" in err) == terminal
+    assert bool(err) == ("B/s]" in err) == terminal
     assert "\n" not in err
     assert not err.rpartition("\r")[2]  # it is gone when all is done
 
