@@ -22,10 +22,17 @@ import numpy as np
 from mixtral_jax import config_io
 from mixtral_jax.config import Config, InputError
 from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.interop.strict_json import one_line, quote
 
 FOLDER = "checkpoints"
 PARAMS, RUN = "params", "run"
 _VERSION = "tokenizer_version"
+_KINDS = {
+    "config": dict,
+    "data_state": list,
+    "tokenizer": str | None,
+    "checksums": dict,
+}
 _JSON = pathlib.Path(RUN) / "metadata"  # where orbax puts an item that is JSON
 
 
@@ -79,23 +86,37 @@ def read_run(path: pathlib.Path) -> dict:
     Raises:
       InputError: if it is not there or is not this project's.
     """
+    name = f"checkpoint {one_line(path)}"
     try:
         run = json.loads((path / _JSON).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"checkpoint {path} is damaged: {RUN}: {error}") from None
-    missing = {"config", "data_state", "tokenizer", "checksums"} - set(run)
-    if missing:
-        raise InputError(f"checkpoint {path} is not of this project: run has no {missing.pop()}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{name} is damaged: {RUN}: {one_line(error)}") from None
+    for key, kinds in _KINDS.items():
+        if not isinstance(run, dict) or key not in run:
+            raise InputError(f"{name} is not of this project: {RUN} has no {key}")
+        if not isinstance(run[key], kinds):
+            raise InputError(f"{name} is damaged: {RUN} has {key}={quote(run[key])}")
+    if not all(isinstance(sums, dict) for sums in run["checksums"].values()):
+        raise InputError(f"{name} is damaged: {RUN} has other checksums than numbers by name")
     return run
 
 
 def extras_of(run: dict) -> Extras:
-    """What a checkpoint's JSON says."""
-    tokenizer = run["tokenizer"]
+    """What a checkpoint's JSON says.
+
+    Raises:
+      InputError: if it says what no checkpoint does.
+    """
+    try:
+        data_state = np.asarray(run["data_state"], np.int64)
+        tokenizer = run["tokenizer"]
+        tokenizer = None if tokenizer is None else base64.b64decode(tokenizer)
+    except (ValueError, TypeError, OverflowError) as error:
+        reason = one_line(error)
+        raise InputError(f"checkpoint is damaged: {RUN} cannot be read: {reason}") from None
     if tokenizer is not None:
         suffix = ".v2" if run.get(_VERSION) == "v2" else ""
-        tokenizer = Tokenizer.from_bytes(base64.b64decode(tokenizer), f"tokenizer.model{suffix}")
-    data_state = np.asarray(run["data_state"], np.int64)
+        tokenizer = Tokenizer.from_bytes(tokenizer, f"tokenizer.model{suffix}")
     return Extras(config_io.from_dict(run["config"]), data_state, tokenizer, None)
 
 

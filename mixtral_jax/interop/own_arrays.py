@@ -59,7 +59,7 @@ def restore(path: pathlib.Path, item: str, abstract: Any, run: dict) -> Any:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats each task's error
         raise InputError(f"checkpoint {path} is damaged in {item}: {_first_line(error)}") from None
     for name, value in checksums(arrays).items():
-        if run["checksums"][item].get(name) != value:
+        if run["checksums"].get(item, {}).get(name) != value:
             raise InputError(f"checkpoint {path} is damaged in {item}: {name} has changed on disk")
     return arrays
 
