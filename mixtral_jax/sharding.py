@@ -19,9 +19,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import glob
+import hashlib
 import importlib.util
 import math
 import os
+import platform
 from collections.abc import Sequence
 from typing import Any
 
@@ -192,6 +194,7 @@ def start(mesh: MeshConfig) -> None:
     if "JAX_PLATFORMS" not in os.environ and _has_libtpu() and not _has_accelerator():
         jax.config.update("jax_platforms", "cpu")  # libtpu complains where there is no TPU
     emulate_cpu_devices(mesh.size // processes)
+    keep_compiled_programs()
     if coordinator:
         jax.distributed.initialize(coordinator, processes, _number_in("JAX_PROCESS_ID"))
     elif _on_tpu() or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
@@ -229,6 +232,33 @@ def emulate_cpu_devices(devices: int) -> None:
         if "xla_cpu_collective" not in flags:
             patience = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
             os.environ["XLA_FLAGS"] = f"{flags} {patience}".strip()
+
+
+def keep_compiled_programs() -> None:
+    """Have JAX keep compiled programs on disk, for the next run of the same program.
+
+    In JAX_COMPILATION_CACHE_DIR if that is set, and otherwise in ~/.cache/mixtral_jax (under
+    XDG_CACHE_HOME if set), apart for each kind of CPU: programs for one may not run on another.
+    JAX_ENABLE_COMPILATION_CACHE=false switches it off.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = os.path.join(home, "mixtral_jax", f"jax-{jax.__version__}-{_cpu_kind()}")
+        jax.config.update("jax_compilation_cache_dir", folder)
+    for name, value in (("min_compile_time_secs", 0.2), ("min_entry_size_bytes", -1)):
+        if f"JAX_PERSISTENT_CACHE_{name.upper()}" not in os.environ:
+            jax.config.update(f"jax_persistent_cache_{name}", value)
+
+
+def _cpu_kind() -> str:
+    """A short name that is the same for CPUs with the same instructions."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            lines = [line for line in file if line.startswith(("flags", "Features", "model name"))]
+    except OSError:
+        lines = []
+    text = platform.machine() + "".join(sorted(set(lines)))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _keep_freed_memory() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # libtpu compiles here: it looks for no TPU, and another process may use it too.
@@ -34,6 +35,13 @@ def start_devices():
 
 
 start_devices()
+
+# Programs compile once for the whole suite, those of the commands that tests start included; and
+# the user's own cache is left alone.
+_cache = tempfile.TemporaryDirectory(prefix="mixtral_jax-tests-")
+os.environ["XDG_CACHE_HOME"] = _cache.name
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+sharding.keep_compiled_programs()
 
 # The same examples every time; compiling takes longer than hypothesis expects of a test.
 hypothesis.settings.register_profile(

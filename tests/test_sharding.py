@@ -1,4 +1,5 @@
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 from mixtral_jax import sharding
 from mixtral_jax.config import InputError, MeshConfig
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def one_line(error, *words):
@@ -194,3 +197,37 @@ def test_a_mesh_may_split_a_row_of_chips(topology, sizes):
     assert {axis: n for axis, n in mesh.shape.items() if n > 1} == sizes
     assert sorted(d.id for d in mesh.devices.flat) == sorted(d.id for d in devices)
     assert mesh.axis_types == sharding.make_mesh().axis_types
+
+
+PROGRAM = """
+import jax, logging
+from mixtral_jax import sharding
+from mixtral_jax.config import MeshConfig
+sharding.start(MeshConfig())
+jax.config.update("jax_log_compiles", True)
+jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((7, 7)))
+"""
+
+
+def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
+    def run(**environment):
+        base = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
+        base |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        command = [sys.executable, "-c", PROGRAM]
+        done = subprocess.run(
+            command, env=base | environment, capture_output=True, text=True, check=True, cwd=ROOT
+        )
+        return done.stderr
+
+    def kept(folder):
+        return sorted(path.name for path in folder.rglob("jit_*-cache"))
+
+    assert "Not writing" not in run(XDG_CACHE_HOME=str(tmp_path / "default"))
+    first = kept(tmp_path / "default" / "mixtral_jax")
+    assert any(name.startswith("jit__lambda") for name in first)
+    assert "cache hit" in run(XDG_CACHE_HOME=str(tmp_path / "default")).lower()
+    assert kept(tmp_path / "default" / "mixtral_jax") == first
+    run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"), XDG_CACHE_HOME=str(tmp_path / "unused"))
+    assert len(kept(tmp_path / "own")) == len(first)
+    run(JAX_ENABLE_COMPILATION_CACHE="false", XDG_CACHE_HOME=str(tmp_path / "unused"))
+    assert not (tmp_path / "unused").exists()
