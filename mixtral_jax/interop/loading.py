@@ -14,7 +14,7 @@ from __future__ import annotations
 import collections
 import itertools
 import math
-import os
+import mmap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -37,12 +37,10 @@ from mixtral_jax.interop.names import Piece
 from mixtral_jax.interop.source import FileWeights
 from mixtral_jax.model.mixtral import Mixtral, abstract_state
 
-WORKERS = min(4, os.cpu_count() or 1)
-"""Pieces under way at a time."""
+WORKERS = 4
+"""Pieces under way at a time: more than two cores can copy, because some wait for the disk."""
 BLOCK = 128
 """Rows that a transposing copy writes at a time: measured in docs/performance.md."""
-ALIGNMENT = 64
-"""Bytes; XLA takes memory of the host's that is so aligned as its own."""
 
 
 class Loaded(NamedTuple):
@@ -104,7 +102,7 @@ def load(
 
     def transfer(piece: Piece, following: Piece | None) -> int:
         if following is not None:
-            weights.prefetch(following)
+            reader.submit(weights.prefetch, following)
         count = 0
         for buffer in buffers[piece.parameter]:
             place = buffer.share.place_of(piece)
@@ -117,8 +115,10 @@ def load(
 
     total = 0
     order = list(weights.places)
-    later = itertools.chain(order[WORKERS:], itertools.repeat(None))
-    with ThreadPoolExecutor(WORKERS) as pool:
+    later = itertools.chain(order[2 * WORKERS :], itertools.repeat(None))
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(WORKERS) as pool:
+        for piece in order[: 2 * WORKERS]:
+            reader.submit(weights.prefetch, piece)
         for count in _bounded_map(pool, transfer, zip(order, later)):
             progress(count)
             total += count
@@ -172,9 +172,10 @@ class HostBuffer:
     def __init__(self, share: Share, dtype: jnp.dtype):
         self.share = share
         count = math.prod(share.shape) * dtype.itemsize
-        memory = np.empty(count + ALIGNMENT, np.uint8)  # the system clears it page by page, in use
-        start = -memory.ctypes.data % ALIGNMENT
-        self._array = memory[start : start + count].view(dtype).reshape(share.shape)
+        # Pages begin where XLA wants memory that it takes over to begin. NumPy's own memory is made
+        # of huge pages, which the system has to gather first while files fill its cache.
+        pages = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._array = np.frombuffer(pages, dtype).reshape(share.shape)
 
     def write(self, place: tuple[int, ...], array: np.ndarray, axes: tuple[int, ...]) -> None:
         """Put a piece's part, transposed, at its layer and expert."""

@@ -28,6 +28,7 @@ from mixtral_jax.interop.safetensors_header import (
 from mixtral_jax.interop.strict_json import one_line, quote
 
 _AT_ONCE = 2**30  # bytes; Linux writes at most 2 GiB a call
+_READ_AHEAD = 2**17  # bytes; what Linux reads ahead at a time unless it is told more
 
 
 class SafetensorsFile:
@@ -121,7 +122,13 @@ class SafetensorsFile:
 
     def prefetch(self, name: str) -> None:
         """Have the kernel read a tensor ahead, while this process does something else."""
-        self._advise(name, mmap.MADV_WILLNEED)
+        info = self.tensors[name]
+        # In parts, because Linux heeds only the first of a longer request; and not by mmap's
+        # madvise, which lets no other thread run until the disk has taken the request.
+        for start in range(info.start, info.stop, _READ_AHEAD):
+            size = min(_READ_AHEAD, info.stop - start)
+            with contextlib.suppress(OSError):  # advice that a file system may not take
+                os.posix_fadvise(self._file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
 
     def release(self, name: str) -> None:
         """Give a tensor's memory back; a view of it stays good and is read again if used."""
