@@ -1,0 +1,290 @@
+"""Compile reports: of a tiny model on real compilations, and the parts that need none."""
+
+import importlib.util
+import json
+import types
+
+import jax
+import pytest
+import yaml
+from tiny import MODEL, TRAINING, make_config
+
+import train
+from mixtral_jax.analysis import collectives, compile_report, topology
+from mixtral_jax.config import InputError, MeshConfig
+from mixtral_jax.model.flops import training_flops_per_token
+
+MESH = {"fsdp": 2, "expert": 2}
+KEYS = {
+    *("fits", "bytes_per_device", "tokens_per_chip", "model_flops", "compiled_flops"),
+    *("collectives", "compiler_seconds", "interconnect_seconds", "estimated_step_seconds"),
+    *("estimated_tokens_per_second_per_chip", "estimated_mfu"),
+}
+compiles = pytest.mark.tpu_compile
+
+
+@pytest.fixture
+def libtpu():
+    pytest.importorskip("libtpu", reason="libtpu is not installed: nothing compiles for TPU here")
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    sections = {"model": vars(MODEL), "training": vars(TRAINING), "mesh": MESH}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**sections, "data": {"source": "synthetic"}}))
+    return path
+
+
+# ---- real compilations -------------------------------------------------------------------------
+
+
+@compiles
+def test_the_report_of_three_layers_is_that_of_the_unrolled_program(
+    libtpu, optimized, config_file, tmp_path, capsys
+):
+    file, folder = tmp_path / "report.json", tmp_path / "run"
+    arguments = ["--compile-only", "v5p:2x2x1", "--report", str(file), f"run.dir={folder}"]
+    code = train.main(["--config", str(config_file), "model.num_hidden_layers=3", *arguments])
+    shown, report = capsys.readouterr().out, json.loads(file.read_text())
+    assert code == 0
+    assert not folder.exists()
+    assert report.keys() >= KEYS
+    assert report["fits"] is True
+    memory = report["bytes_per_device"]
+    assert memory["limit"] == 95 * 2**30
+    assert 0 < memory["arguments"] < memory["total"] < memory["limit"]
+    assert memory["total"] == sum(memory[part] for part in ("arguments", "temporaries", "output"))
+    assert report["tokens_per_chip"] == 8 * 9 / 4
+    assert 0 < report["compiler_seconds"] < 1e-3
+    assert 0 < report["interconnect_seconds"] < 1e-3
+    assert 0 < report["estimated_mfu"] < 0.1
+    for name in ("memory, total", "estimated tokens/s", "ragged-all-to-all", "nothing overlaps"):
+        assert name in shown
+
+    target = topology.get_slice("v5p:2x2x1")
+    config = make_config(mesh=MESH)
+    mesh = topology.make_mesh(config.mesh, target)
+    whole = compile_report.price_of_layers(config, mesh, target, 3)
+    assert report["compiled_flops"] == pytest.approx(whole.flops, rel=0.02)
+    assert report["compiler_seconds"] == pytest.approx(whole.compiler_seconds, rel=0.1)
+    for kind in ("ragged-all-to-all", "all-gather"):
+        assert report["collectives"][kind]["count"] == whole.collectives[kind]["count"]
+        assert report["collectives"][kind]["bytes"] == pytest.approx(
+            whole.collectives[kind]["bytes"], rel=0.02
+        )
+    # There and back, and the same backward.
+    assert report["collectives"]["ragged-all-to-all"]["count"] == 3 * 4
+
+
+@compiles
+def test_compiled_flops_are_those_of_the_model_and_the_buffers(libtpu, optimized):
+    """Of a dense-like model, whose every expert is on every device: no worst-case buffers."""
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "vocab_size": 512, "head_dim": 64}
+    training = {"batch_size": 4, "sequence_length": 128}
+    model = {**sizes, "num_hidden_layers": 1, "max_position_embeddings": 128}
+    config = make_config(model=model, training=training, mesh={"fsdp": 4})
+    target = topology.get_slice("v5p:2x2x1")
+    mesh = topology.make_mesh(config.mesh, target)
+    found = compile_report.price_of_layers(config, mesh, target, 1)
+    wanted = 128 * training_flops_per_token(config.model, 128)
+    assert 0.9 < found.flops / wanted < 3
+    assert "ragged-all-to-all" not in found.collectives
+
+
+@compiles
+def test_a_model_that_does_not_fit_is_reported_with_exit_code_1(
+    libtpu, tmp_path, capsys, monkeypatch
+):
+    def refuse(*arguments):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (110.5G) exceeds available HBM (15.75G)."
+        )
+
+    monkeypatch.setattr(compile_report, "compile_step", refuse)  # the real one takes a minute
+    path, file = tmp_path / "large.yaml", tmp_path / "report.json"
+    sections = {"model": {"preset": "mixtral_8x7b"}, "training": {"batch_size": 4}}
+    path.write_text(yaml.safe_dump({**sections, "mesh": {"fsdp": 4}}))
+    code = train.main(["--config", str(path), "--compile-only", "v5e:2x2", "--report", str(file)])
+    report, shown = json.loads(file.read_text()), capsys.readouterr().out
+    assert code == 1
+    assert report.keys() >= KEYS
+    assert report["fits"] is False
+    memory = report["bytes_per_device"]
+    assert memory["temporaries"] == 110.5 * 2**30
+    # Weights and two moments in float32; norms, counters and a batch of 512 tokens come on top.
+    assert memory["arguments"] == pytest.approx(12 * 46_702_792_704 / 4, rel=1e-4)
+    assert memory["total"] > memory["limit"] == 16 * 2**30
+    assert report["estimated_step_seconds"] is None
+    assert "NO" in shown
+
+
+@compiles
+def test_another_error_of_the_compiler_is_not_taken_for_one_of_memory(libtpu, monkeypatch):
+    def refuse(*arguments):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(compile_report, "compile_step", refuse)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        compile_report.compile_report(make_config(mesh=MESH), "v5p:2x2x1")
+
+
+# ---- mistakes ----------------------------------------------------------------------------------
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--compile-only", "v9:4x4"], "'v9:4x4' must look like v5p:4x4x4"),
+        (["--compile-only", "v5p"], "'v5p' must look like v5p:4x4x4"),
+        (["--compile-only", ""], "'' must look like v5p:4x4x4"),
+        (["--compile-only", "v5e:5x5"], "'v5e:5x5' is not a slice: "),
+        (["--compile-only", "v5p:2x2x2"], "the mesh has 4 devices and v5p:2x2x2 has 8 chips"),
+        (["--compile-only", "v5p:2x2x1", "--report", "/no/such/r.json"], "no folder /no/such"),
+        (["--report", "r.json"], "--report r.json needs --compile-only"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line(libtpu, config_file, capsys, arguments, message):
+    assert train.main(["--config", str(config_file), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_without_libtpu_the_message_says_what_to_install(config_file, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name)
+    )
+    assert train.main(["--config", str(config_file), "--compile-only", "v5p:2x2x1"]) == 2
+    error = capsys.readouterr().err
+    assert "pip install -r requirements-tpu.txt" in error
+    assert error.count("\n") == 1
+
+
+def test_microbatches_and_layers_are_counted_as_often_as_they_run(monkeypatch):
+    prices = {
+        1: compile_report.Price(10.0, 1.0, 0.5, {"all-reduce": {"count": 3, "bytes": 8.0}}),
+        2: compile_report.Price(
+            16.0,
+            1.5,
+            0.75,
+            {
+                "all-reduce": {"count": 4, "bytes": 10.0},
+                "all-gather": {"count": 1, "bytes": 2.0},
+            },
+        ),
+    }
+    monkeypatch.setattr(compile_report, "price_of_layers", lambda c, m, t, layers: prices[layers])
+    config = make_config(
+        model={"num_hidden_layers": 5}, training={"gradient_accumulation": 2, "batch_size": 8}
+    )
+    found = compile_report.price(config, None, None)
+    assert found == compile_report.Price(
+        68.0,
+        6.0,
+        3.0,
+        {"all-gather": {"count": 8, "bytes": 16.0}, "all-reduce": {"count": 14, "bytes": 32.0}},
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        ("required for HLO temporaries (110.5G) exceeds available HBM (95.74G).", 110.5 * 2**30),
+        ("Ran out of memory. Used 2.50M of 1.0M hbm.", 2.5 * 2**20),
+        ("Ran out of memory.", 0),
+    ],
+)
+def test_the_compilers_figure_is_read(message, wanted):
+    assert compile_report.needed_bytes(message) == wanted
+
+
+# ---- collectives and links ---------------------------------------------------------------------
+
+PROGRAM = """
+%body (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+}
+
+%all-reduce-scatter.7 (x: bf16[6,10]) -> bf16[3,10] {
+  %all-reduce.9 = bf16[6,10]{1,0} all-reduce(%x), channel_id=9, replica_groups=[2,2]<=[2,2]T(1,0)
+}
+
+ENTRY %main (a: f32[5,3]) -> f32[5,12] {
+  %b = bf16[40,7]{1,0:T(8,128)(2,1)} parameter(1)
+  %c = bf16[90,7]{1,0} parameter(2)
+  %g = f32[5,12]{1,0} all-gather(%a), replica_groups={{0,1,2,3}}, dimensions={1}
+  %s = (f32[5,3]{1,0}, f32[5,6]{1,0}) all-gather-start(%a), replica_groups={{0,2},{1,3}}
+  %r = f32[5,3]{1,0} reduce-scatter(%g), replica_groups=mesh['x'=2,'y'=2] {'y'}, to_apply=%add
+  %t = (f32[], pred[3]{0}) all-reduce(%u, %v), replica_groups=mesh['x'=4,'y'=1] {'y'}
+  %m = bf16[90,7]{1,0} ragged-all-to-all(%b, %c), replica_groups={{0,1},{2,3}}
+  %k = s32[8]{0} collective-permute(%z), source_target_pairs={{1,3},{3,1}}
+  %d = f32[3]{0} all-reduce-done(%t)
+  %o = f32[3]{0} all-reduce(%q), replica_groups=mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'y'}
+}
+"""
+
+
+def test_collectives_are_read_from_a_program():
+    found = collectives.read_collectives(PROGRAM, 4)
+    assert [(c.kind, c.buffer_bytes, c.group) for c in found] == [
+        ("reduce-scatter", 120, (0, 2)),
+        ("all-gather", 240, (0, 1, 2, 3)),
+        ("all-gather", 120, (0, 2)),
+        ("reduce-scatter", 120, (0, 1)),
+        ("ragged-all-to-all", 560, (0, 1)),
+        ("collective-permute", 32, (1, 3)),
+        ("all-reduce", 12, (0, 2)),
+    ]
+    assert [c.sent_bytes for c in found] == [60, 180, 60, 60, 280, 32, 12]
+
+
+def fake_slice(kind, *shape):
+    """A slice of a shape, of things that have only places."""
+    places = [()]
+    for length in shape:
+        places = [(*place, n) for place in places for n in range(length)]
+    devices = tuple(types.SimpleNamespace(coords=place) for place in places)
+    return topology.Slice(f"{kind}:x", topology.CHIPS[kind], devices)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "group", "links"),
+    [
+        ("v5p", (4, 4, 4), range(64), [(4, 2), (4, 2), (4, 2)]),
+        ("v5p", (4, 4, 4), range(4), [(4, 2)]),
+        ("v5p", (4, 4, 4), range(2), [(2, 1)]),
+        ("v5p", (2, 2, 1), range(4), [(2, 1), (2, 1)]),
+        ("v5e", (4, 16), range(16), [(16, 2)]),
+        ("v5e", (4, 16), range(0, 64, 16), [(4, 1)]),
+        ("v6e", (4, 4), range(1), []),
+    ],
+)
+def test_links_of_a_group(kind, shape, group, links):
+    target = fake_slice(kind, *shape)
+    assert target.links([target.devices[place] for place in group]) == links
+
+
+def test_seconds_on_the_links():
+    target = fake_slice("v5p", 4, 4, 4)
+    assert target.chip.link_bytes_per_second == 100e9
+    ring, whole = tuple(range(4)), tuple(range(64))
+    of = lambda kind, group: collectives.Collective(kind, 64e9, group).seconds(  # noqa: E731
+        target, target.devices
+    )
+    assert of("all-gather", ring) == pytest.approx(64 * 3 / 4 / 200)
+    assert of("reduce-scatter", whole) == pytest.approx(63 / 600)
+    assert of("all-reduce", whole) == pytest.approx(2 * 63 / 600)
+    assert of("all-to-all", ring) == pytest.approx(64 / 2 / 100)
+    assert of("ragged-all-to-all", (0, 1)) == pytest.approx(64 / 2 / 100)
+    assert of("collective-permute", (0, 1)) == pytest.approx(64 / 100)
+
+
+def test_a_slice_must_have_the_meshs_devices():
+    with pytest.raises(InputError, match="has 8 devices and v5p:x has 4 chips"):
+        topology.make_mesh(MeshConfig(fsdp=8), fake_slice("v5p", 2, 2, 1))
