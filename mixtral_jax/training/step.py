@@ -149,7 +149,8 @@ def make_train_step(
             params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(losses.total) & jnp.isfinite(grad_norm)
         params, changed = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
+            # Gradients are float32, and with them what the optimizer makes of its bfloat16 state.
+            lambda new, old: jnp.where(finite, new.astype(old.dtype), old),
             (params, changed),
             (state.params, state.optimizer),
         )

@@ -102,6 +102,24 @@ def test_training_on_one_batch_lowers_its_loss():
     assert [int(state.step) for state, _ in out] == list(range(7))
 
 
+def test_bfloat16_weights_train_and_the_state_keeps_its_types():
+    config = make_config(model={"param_dtype": "bfloat16"}, training={"warmup_steps": 0})
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        state = steps.initial_state(config, mesh)
+        before = jax.tree.map(jnp.shape, state), jax.tree.map(lambda a: a.dtype, state)
+        batch = Placement(config, mesh)(make_batch(8))
+        step = jax.jit(steps.make_train_step(config), donate_argnums=0)
+        compiled = step.lower(steps.abstract_train_state(config, mesh), batch).compile()
+        losses = []
+        for _ in range(4):  # a compiled step takes no other types than it was made for
+            state, metrics = compiled(state, batch)
+            losses.append(float(metrics.losses.total))
+    assert (jax.tree.map(jnp.shape, state), jax.tree.map(lambda a: a.dtype, state)) == before
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
+    assert losses[-1] < losses[0] - 0.05
+
+
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     out = run_steps(CONFIG, [make_batch(8)] * 2, break_at=1)
     (before, _), (after, metrics) = out[-2:]
