@@ -24,10 +24,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from mixtral_jax import config_io, sharding
+from mixtral_jax.analysis import topology as topologies
 from mixtral_jax.config import MeshConfig, check_mesh
 from mixtral_jax.generation.engine import Rows, programs
 from mixtral_jax.generation.sampling import Parameters
@@ -35,7 +35,6 @@ from mixtral_jax.model.cache import make_cache
 from mixtral_jax.model.mixtral import abstract_state
 
 GIB = 2**30
-MEMORY = {"v5e": 16, "v5p": 95, "v6e": 32}  # GiB a chip, Cloud TPU documentation
 TABLE = [
     ("mixtral_8x7b", "v5e:2x4", {"expert": 8}, 8, 4096),
     ("mixtral_8x7b", "v5e:4x4", {"expert": 8, "tensor": 2}, 8, 4096),
@@ -44,6 +43,7 @@ TABLE = [
     ("mixtral_8x7b", "v6e:2x4", {"expert": 8}, 8, 4096),
     ("mixtral_8x22b", "v5e:4x8", {"expert": 8, "tensor": 4}, 8, 4096, "padded"),
     ("mixtral_8x22b", "v5p:2x2x1", {"expert": 4}, 8, 4096),
+    ("mixtral_8x22b", "v5p:2x2x2", {"expert": 8}, 8, 4096),
     ("mixtral_8x22b", "v6e:4x4", {"expert": 8, "tensor": 2}, 8, 4096),
 ]
 
@@ -77,8 +77,8 @@ def fit(
         }
     ).model
     check_mesh(config, MeshConfig(**mesh_sizes))
-    devices = topologies.get_topology_desc(topology, platform="tpu").devices
-    mesh = sharding.make_mesh(**mesh_sizes, devices=devices)
+    target = topologies.get_slice(topology)
+    mesh = topologies.make_mesh(MeshConfig(**mesh_sizes), target)
     graphdef, state = abstract_state(config)
     params = abstract(state, mesh)
 
@@ -96,7 +96,7 @@ def fit(
         progress, _ = jax.eval_shape(partial(prefill, slots=context), params, tokens, rows)
         cache = held(jax.eval_shape(lambda: make_cache(config, batch, context, jnp.bfloat16)))
         step = decode.lower(params, progress, rows).compile()
-    memory = MEMORY[topology.partition(":")[0]]
+    memory = target.chip.hbm_bytes
     weights = held(params)
     peaks = {}
     for name, compiled in (("prefill", first), ("decode", step)):
@@ -115,8 +115,8 @@ def fit(
         "cache_gib": round(cache / GIB, 2),
         "prefill_gib": round(peaks["prefill"] / GIB, 2),
         "decode_gib": round(peaks["decode"] / GIB, 2),
-        "chip_gib": memory,
-        "fits": max(peaks.values()) < memory * GIB,
+        "chip_gib": round(memory / GIB),
+        "fits": max(peaks.values()) < memory,
         "compile_seconds": round(time.perf_counter() - began, 1),
     }
 

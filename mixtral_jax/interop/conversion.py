@@ -92,7 +92,7 @@ def _from_files(source, target, to, dtype, max_shard_size, upcycling) -> None:
         with models.progress_bar("reading", weights.nbytes) as bar:
 
             def load(config, mesh):
-                return loading.load(weights, config, mesh, bar.update).model
+                return loading.load(weights, config, mesh, bar.update)
 
             model = _on_host(load, weights.config, dtype)
         saving.write_own(model, tokenizer, target)

@@ -16,7 +16,6 @@ import itertools
 import math
 import mmap
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -41,15 +40,6 @@ WORKERS = 4
 """Pieces under way at a time: more than two cores can copy, because some wait for the disk."""
 BLOCK = 128
 """Rows that a transposing copy writes at a time: measured in docs/performance.md."""
-
-
-class Loaded(NamedTuple):
-    """A model, and what loading it took."""
-
-    model: Mixtral
-    bytes_read: int
-    """By this host."""
-    seconds: float
 
 
 class Share(NamedTuple):
@@ -84,14 +74,13 @@ def load(
     config: ModelConfig,
     mesh: jax.sharding.Mesh,
     progress: Callable[[int], object],
-) -> Loaded:
+) -> Mixtral:
     """A model from files, on a mesh.
 
     Args:
       config: the weights' own, perhaps with other types or exchange.
       progress: called with the number of bytes that this host has read of each piece.
     """
-    began = time.perf_counter()
     graphdef, abstract = abstract_state(config)
     flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(abstract)}
     where = {name: sharding.param_shardings(leaf, mesh).get_value() for name, leaf in flat.items()}
@@ -113,7 +102,6 @@ def load(
         weights.release(piece)
         return count
 
-    total = 0
     order = list(weights.places)
     later = itertools.chain(order[2 * WORKERS :], itertools.repeat(None))
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(WORKERS) as pool:
@@ -121,11 +109,10 @@ def load(
             reader.submit(weights.prefetch, piece)
         for count in _bounded_map(pool, transfer, zip(order, later)):
             progress(count)
-            total += count
     for name, leaf in flat.items():
         arrays = [array for buffer in buffers.pop(name) for array in buffer.arrays()]
         leaf.set_value(jax.make_array_from_single_device_arrays(leaf.shape, where[name], arrays))
-    return Loaded(nnx.merge(graphdef, abstract), total, time.perf_counter() - began)
+    return nnx.merge(graphdef, abstract)
 
 
 def _bounded_map(pool: ThreadPoolExecutor, function: Callable, calls: Iterator[tuple]) -> Iterator:

@@ -121,9 +121,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
     def load(config: ModelConfig, mesh: jax.sharding.Mesh) -> Mixtral:
         with progress_bar("loading", weights.nbytes) as bar:
-            loaded = loading.load(weights, config, mesh, bar.update)
-        weights.close()
-        return loaded.model
+            return loading.load(weights, config, mesh, bar.update)
 
     return Checkpoint(path, weights.config, tokenizer, load)
 

@@ -120,8 +120,8 @@ def test_tensors_of_several_types_keep_them(one, tmp_path):
 def test_each_byte_is_read_once_however_many_devices_want_it(saved, sizes):
     weights = folders.open_weights(saved / "huggingface")
     seen = []
-    loaded = loading.load(weights, CONFIG, sharding.make_mesh(*sizes), seen.append)
-    assert loaded.bytes_read == sum(seen) == weights.nbytes == 4 * CONFIG.num_parameters
+    loading.load(weights, CONFIG, sharding.make_mesh(*sizes), seen.append)
+    assert sum(seen) == weights.nbytes == 4 * CONFIG.num_parameters
 
 
 def test_a_host_reads_only_what_its_devices_own(saved, monkeypatch):
