@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from mixtral_jax import sharding
 from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.kernels import exchange as exchanges
-from mixtral_jax.kernels.grouped_matmul import grouped_matmul
+from mixtral_jax.kernels.experts import experts as experts_of
 from mixtral_jax.model.layers import matrix
 from mixtral_jax.model.router import RoutingStatistics, local_statistics, route
 
@@ -157,14 +156,7 @@ def _sparse_experts(
     with jax.named_scope("experts"):  # 4. SwiGLU over the experts that live here
         gate_eDf, up_eDf = (_gather(w, 1) for w in (gate_edf, up_edf))
         down_efD = _gather(down_efd, 2)
-        gate_Rf = grouped_matmul(received_RD, gate_eDf, plan.group_sizes_e)
-        up_Rf = grouped_matmul(received_RD, up_eDf, plan.group_sizes_e)
-        gate_Rf, up_Rf = (
-            checkpoint_name(gate_Rf, "expert_matmul"),
-            checkpoint_name(up_Rf, "expert_matmul"),
-        )
-        done_RD = grouped_matmul(jax.nn.silu(gate_Rf) * up_Rf, down_efD, plan.group_sizes_e)
-        done_RD = checkpoint_name(done_RD, "expert_matmul")
+        done_RD = experts_of(received_RD, gate_eDf, up_eDf, down_efD, plan.group_sizes_e)
 
     with jax.named_scope("exchange"):  # 5. and back, where the weighted sum ends it
         returned_RD = exchanges.send_back(exchange, plan, done_RD)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
+from mixtral_jax.kernels import blocks
 from mixtral_jax.kernels import grouped_matmul as module
 from mixtral_jax.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
 
@@ -45,7 +46,7 @@ def compiled(implementation, block_rows):
 
     def call(x_RD, w_EDF, sizes_E, g_RF):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "BLOCK_ROWS", block_rows)
+            patch.setattr(blocks, "BLOCK_ROWS", block_rows)
             return run(x_RD, w_EDF, jnp.asarray(sizes_E, jnp.int32), g_RF)
 
     return call
@@ -83,7 +84,7 @@ def test_the_real_block_size(rows):
     """Fewer rows than a block, a block exactly, one more, and several for one expert."""
     sizes = [rows // 3, 0, rows - rows // 3]
     x_RD, w_EDF, g_RF = operands(rows, 3)
-    assert module.BLOCK_ROWS == 128
+    assert blocks.BLOCK_ROWS == 128
     out = compiled("blocks", 128)(x_RD, w_EDF, sizes, g_RF)
     oracle.close(out, expected(x_RD, w_EDF, sizes, g_RF), rel=2e-6)
 
@@ -141,7 +142,7 @@ SHARED = {
 @pytest.mark.parametrize(("row_axes", "matrix_axes"), SHARED.values(), ids=SHARED)
 def test_operands_shared_between_devices(mesh, monkeypatch, implementation, row_axes, matrix_axes):
     """Inside shard_map the gradient of what devices share is the sum over those devices."""
-    monkeypatch.setattr(module, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 4)
     rng, every = np.random.default_rng(0), ("data", "expert")
     sizes_XE = np.array([[4, 0, 7], [0, 0, 11], [1, 1, 1], [0, 6, 0]])
     specs = [PartitionSpec(axes or None) for axes in (row_axes, matrix_axes, every)]

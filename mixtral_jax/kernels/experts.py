@@ -1,0 +1,34 @@
+"""SwiGLU of rows sorted by expert, each row by its own expert's matrices."""
+
+from __future__ import annotations
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from mixtral_jax.kernels.grouped_matmul import grouped_matmul
+
+
+def experts(
+    x_RD: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+    group_sizes_E: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """out[r] = down(silu(gate x[r]) * (up x[r])) with the matrices of row r's expert.
+
+    Arguments as for grouped_matmul: rows past sum(group_sizes) come out as zeros. What the
+    backward pass may keep is named `expert_matmul`.
+
+    Returns:
+      out_RD in the type of x.
+    """
+
+    def product(x, w):
+        out = grouped_matmul(x, w, group_sizes_E, implementation=implementation)
+        return checkpoint_name(out, "expert_matmul")
+
+    gate_RF, up_RF = product(x_RD, gate_EDF), product(x_RD, up_EDF)
+    return product(jax.nn.silu(gate_RF) * up_RF, down_EFD)
