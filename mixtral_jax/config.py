@@ -6,6 +6,7 @@ of the project, so that a mistake in a config is reported before any device is t
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from dataclasses import dataclass, field
 
@@ -32,7 +33,9 @@ def check_at_least(section: object, prefix: str, minimum: float, *names: str) ->
 
 
 EXCHANGES = ("local", "padded", "ragged")
-REMAT_POLICIES = ("none", "full", "matmuls", "attention_out")
+ATTENTIONS = ("xla", "splash")
+GROUPED_MATMULS = ("megablox", "ragged_dot", "blocks")
+REMAT_POLICIES = ("none", "full", "attention_out", "no_experts", "no_up", "no_down", "matmuls")
 DTYPES = ("float32", "bfloat16")
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 
@@ -77,12 +80,21 @@ class ModelConfig:
     param_dtype: str = "float32"
     """Type of the weights and of the optimizer state: float32 or bfloat16."""
     remat: str = "none"
-    """What the backward pass recomputes: none keeps everything, matmuls keeps the results of matrix
-    products, attention_out keeps one array a layer, full keeps only each layer's input."""
+    """What the backward pass recomputes: none keeps everything; matmuls keeps the results of matrix
+    products and of attention, from which no_down, no_up and no_experts leave out the experts' down
+    product, that and the up product, or all three; attention_out keeps what attention adds to the
+    residual stream, full only each layer's input."""
     scan_layers: bool = True
     """Compile one layer and loop over it; false unrolls (slower to compile, sometimes faster)."""
     exchange: str = ""
     """How rows reach their experts: local, padded or ragged; empty means the platform's best."""
+    receive_factor: float | None = None
+    """Rows that a device has room to receive, over those that balanced experts would send it; what
+    does not fit is dropped and counted. Empty is room for the worst case: nothing is dropped."""
+    attention: str = ""
+    """Attention in training and of prompts: xla or splash (TPU); empty means the best."""
+    grouped_matmul: str = ""
+    """The experts' products: megablox (TPU), ragged_dot or blocks; empty means the best."""
     capacity_factor: float | None = None
     """Empty means dropless. Otherwise each device sends at most
     ceil(capacity_factor * tokens * k / E) rows to each expert and drops (and counts) the rest."""
@@ -114,6 +126,8 @@ class ModelConfig:
         check_choice("model.preset", self.preset, ("", *PRESETS))
         check_choice("model.remat", self.remat, REMAT_POLICIES)
         check_choice("model.exchange", self.exchange, ("", *EXCHANGES))
+        check_choice("model.attention", self.attention, ("", *ATTENTIONS))
+        check_choice("model.grouped_matmul", self.grouped_matmul, ("", *GROUPED_MATMULS))
         check_choice("model.compute_dtype", self.compute_dtype, ("", *DTYPES))
         check_choice("model.param_dtype", self.param_dtype, DTYPES)
         if self.num_attention_heads % self.num_key_value_heads:
@@ -133,10 +147,15 @@ class ModelConfig:
                 f"model.num_experts_per_tok={self.num_experts_per_tok} is more than "
                 f"model.num_local_experts={self.num_local_experts}"
             )
-        if self.capacity_factor is not None and not self.capacity_factor > 0:
-            raise InputError(
-                f"model.capacity_factor={self.capacity_factor} must be above 0; empty is dropless"
-            )
+        for name in ("capacity_factor", "receive_factor"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"model.{name}={value} must be above 0; empty is dropless")
+
+    def dropless(self) -> ModelConfig:
+        """The same model as it should be sampled: no token dropped, nothing chosen for training."""
+        undone = {"capacity_factor": None, "receive_factor": None, "remat": "none"}
+        return dataclasses.replace(self, **undone, attention="", grouped_matmul="")
 
     @property
     def head_size(self) -> int:

@@ -141,6 +141,11 @@ def expert_shards() -> int:
     return current_mesh().shape[EXPERT]
 
 
+def tensor_shards() -> int:
+    """Devices along the tensor axis of the current mesh."""
+    return current_mesh().shape[TENSOR]
+
+
 def batch_shards() -> int:
     """Devices that the batch is split over in the current mesh."""
     return math.prod(current_mesh().shape[axis] for axis in BATCH_AXES)

@@ -34,7 +34,7 @@ CALLS_WITH_AXES = {
 }
 
 LONGEST = 350
-LONGER = {"config": 400}  # eighty keys, each with its meaning, read best in one place
+LONGER = {"config": 420}  # eighty keys, each with its meaning, read best in one place
 
 
 def module_name(path: pathlib.Path) -> str:

@@ -99,9 +99,7 @@ def model_config(trained: ModelConfig, deployment: Deployment) -> ModelConfig:
     Raises:
       InputError: if a size does not split over the deployment's mesh.
     """
-    config = dataclasses.replace(
-        trained, capacity_factor=None, remat="none", exchange=deployment.exchange
-    )
+    config = dataclasses.replace(trained.dropless(), exchange=deployment.exchange)
     if deployment.compute_dtype is not None:
         config = dataclasses.replace(config, compute_dtype=deployment.compute_dtype)
     check_mesh(config, deployment.mesh)

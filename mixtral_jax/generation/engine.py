@@ -171,11 +171,10 @@ class Engine:
           ValueError: if the model drops tokens beyond a capacity: answers would depend on others.
         """
         self.config: ModelConfig = model.config
-        if self.config.capacity_factor is not None:
-            raise ValueError(
-                f"capacity_factor={self.config.capacity_factor} would drop tokens: sampling wants "
-                "None"
-            )
+        for name in ("capacity_factor", "receive_factor"):
+            value = getattr(self.config, name)
+            if value is not None:
+                raise ValueError(f"{name}={value} would drop tokens: sampling wants None")
         self._mesh = mesh
         graphdef, self._params = nnx.split(model)
         self._prefill, self._decode = programs(graphdef, eos_id)

@@ -46,7 +46,7 @@ def load_model(
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
     checkpoint = open_checkpoint(path)
-    config = dataclasses.replace(checkpoint.config, capacity_factor=None, remat="none")
+    config = checkpoint.config.dropless()
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
         config = dataclasses.replace(config, param_dtype=dtype, compute_dtype=dtype)

@@ -1,10 +1,19 @@
-"""Causal attention that stays within a segment."""
+"""Causal attention that stays within a segment.
+
+Bodies of `self_attention`, which training and prompts want:
+  xla     scores as an array; any platform, any shape, any positions.
+  splash  JAX's splash attention for TPU: nothing of size L x L is ever held.
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
+from mixtral_jax.kernels import platform, splash
+
+IMPLEMENTATIONS = ("xla", "splash")
+PLATFORMS = {"xla": ("cpu", "gpu", "tpu"), "splash": ("tpu",)}
 MASKED = -1e30  # finite, so that a query that may see nothing still has a finite gradient
 
 
@@ -30,6 +39,55 @@ def attention(
     scores = jnp.where(allowed_BLS[:, None, None], scores * scale, MASKED)
     weights_BKGLS = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
     return jnp.einsum("BKGLS,BSKH->BLKGH", weights_BKGLS, v_BSKH)
+
+
+def resolve(implementation: str | None, length: int, head: int) -> str:
+    """The body for sequences of this length and heads of this width: that asked for, or the best.
+
+    Raises:
+      ValueError: if the one asked for cannot run on this platform, or on these shapes.
+    """
+    here, aligned = platform(), splash.fits(length, head)
+    if not implementation:
+        return "splash" if here == "tpu" and aligned else "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention={implementation!r} is not one of {IMPLEMENTATIONS}")
+    if here not in PLATFORMS[implementation]:
+        raise ValueError(
+            f"attention={implementation} does not run on {here} (only on "
+            f"{' and '.join(PLATFORMS[implementation])}): use xla, or leave it empty"
+        )
+    if implementation == "splash" and not aligned:
+        raise ValueError(
+            f"attention=splash wants a sequence_length and a head_dim that are multiples of "
+            f"{splash.LANES}, not {length} and {head}: use xla, or leave it empty"
+        )
+    return implementation
+
+
+def self_attention(
+    q_BLKGH: jax.Array,
+    k_BLKH: jax.Array,
+    v_BLKH: jax.Array,
+    positions_BL: jax.Array,
+    segments_BL: jax.Array,
+    *,
+    implementation: str,
+) -> jax.Array:
+    """Attention of sequences to themselves: to keys at or before a query, in its segment.
+
+    Args:
+      q_BLKGH, k_BLKH, v_BLKH: as for `attention`.
+      positions_BL: place of each token in its document.
+      segments_BL: number of each token's document, whose tokens lie together, in order.
+      implementation: a resolved name. All but xla want arrays of one device, inside shard_map.
+    Returns:
+      out_BLKGH in the type of q; of padding, anything.
+    """
+    if implementation == "splash":
+        return splash.attention(q_BLKGH, k_BLKH, v_BLKH, segments_BL)
+    allowed_BLS = causal_mask(positions_BL, positions_BL, segments_BL, segments_BL)
+    return attention(q_BLKGH, k_BLKH, v_BLKH, allowed_BLS)
 
 
 def causal_mask(

@@ -10,8 +10,11 @@ send buffer. Three bodies, one meaning:
   padded  jax.lax.all_to_all of X equal buckets, each large enough for the worst case; any platform.
   ragged  jax.lax.ragged_all_to_all of just the rows in use; TPU and GPU.
 
-No body ever drops a row: buffers hold the worst case. Dropping, where a capacity asks for it, has
-happened before, in the choice of rows to send.
+Buffers hold the worst case, so that no row is ever dropped, unless `make` gets a receive_factor:
+then `plan` says how many rows of each expert still go (`kept_E`), the same on all devices. Of the
+runs that go to a full device (one a source and expert) the longest are cut at their ends, all to
+one length: the shortest lose nothing. Dropping for a capacity has happened before, in the choice of
+rows to send.
 
 Everything that moves rows within a device is a segment map: P runs of consecutive rows with a start
 in one buffer, a start in another and a length.
@@ -19,6 +22,7 @@ in one buffer, a start in another and a length.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -109,6 +113,8 @@ def _starts(sizes, axis: int = -1):
 class Plan(NamedTuple):
     """Where the rows of one exchange lie, here and on the other devices."""
 
+    kept_E: jax.Array
+    """Rows that go to each expert; fewer than were asked for if its device has no room."""
     offsets_E: jax.Array
     """First row of each expert's rows in the send buffer."""
     group_sizes_e: jax.Array
@@ -135,7 +141,9 @@ class Exchange(NamedTuple):
     send_rows: int
     """Rows of the send buffer."""
     receive_rows: int
-    """Rows of the receive buffer: the worst case, so that nothing can overflow."""
+    """Rows of the receive buffer."""
+    bounded: bool
+    """Whether that is less than the worst case, so that rows may have to stay behind."""
 
 
 def make(
@@ -147,6 +155,7 @@ def make(
     experts: int,
     per_token: int,
     capacity: int | None = None,
+    receive_factor: float | None = None,
 ) -> Exchange:
     """Size the buffers of an exchange.
 
@@ -155,24 +164,54 @@ def make(
       axis: mesh axis of the experts; shards: devices along it, which divides experts.
       tokens: tokens on this device; each goes to per_token distinct experts.
       capacity: the most rows that this device sends to one expert; None is unbounded.
+      receive_factor: room for rows received, over the tokens * per_token that balanced experts
+        bring; of `padded` in each bucket. None is room for the worst case.
     """
     per_expert = tokens if capacity is None else min(capacity, tokens)
     local = experts // shards
     total = min(tokens * per_token, experts * per_expert)
     if implementation == "local":
-        return Exchange(implementation, axis, shards, total, total, total)
-    bucket = min(tokens * min(per_token, local), local * per_expert)
-    send = shards * bucket if implementation == "padded" else total
-    return Exchange(implementation, axis, shards, bucket, send, shards * bucket)
+        return Exchange(implementation, axis, shards, total, total, total, False)
+    worst = min(tokens * min(per_token, local), local * per_expert)
+    balanced = tokens * per_token * (receive_factor or 0)
+    if implementation == "padded":
+        bucket = worst
+        if receive_factor is not None:
+            bucket = min(worst, math.ceil(balanced / shards))
+        rows = shards * bucket
+        return Exchange(implementation, axis, shards, bucket, rows, rows, bucket < worst)
+    rows = shards * worst
+    if receive_factor is not None:  # a multiple of 128, which kernels for TPU want
+        rows = min(rows, 128 * math.ceil(balanced / 128))
+    return Exchange(implementation, axis, shards, worst, total, rows, rows < shards * worst)
+
+
+def _limit(exchange: Exchange, counts_XXe: jax.Array) -> jax.Array:
+    """The rows [from, to, local expert] that fit: min(count, most), most as large as it can be."""
+    per_bucket = exchange.implementation == "padded"
+    room = exchange.bucket_rows if per_bucket else exchange.receive_rows
+    over = 2 if per_bucket else (0, 2)  # what shares the room
+    bits = room.bit_length()
+
+    def longer(i, most):
+        tried = most | (1 << (bits - 1 - i))
+        rows = jnp.minimum(counts_XXe, tried).sum(axis=over, keepdims=True)
+        return jnp.where(rows <= room, tried, most)
+
+    none = jnp.zeros_like(counts_XXe.sum(axis=over, keepdims=True))
+    return jnp.minimum(counts_XXe, lax.fori_loop(0, bits, longer, none))
 
 
 def plan(exchange: Exchange, counts_E: jax.Array) -> Plan:
     """Lay out one exchange of counts_E (int32) rows from this device to each expert."""
     if exchange.implementation == "local":
-        return Plan(_starts(counts_E), counts_E, None, None, None)
+        return Plan(counts_E, _starts(counts_E), counts_E, None, None, None)
     shards, num_local = exchange.shards, counts_E.shape[0] // exchange.shards
     me = lax.axis_index(exchange.axis)
     counts_XXe = lax.all_gather(counts_E, exchange.axis).reshape(shards, shards, num_local)
+    if exchange.bounded:
+        counts_XXe = _limit(exchange, counts_XXe)
+        counts_E = lax.dynamic_index_in_dim(counts_XXe, me, keepdims=False).reshape(-1)
     received_Xe = lax.dynamic_index_in_dim(counts_XXe, me, axis=1, keepdims=False)
     sizes_XX = counts_XXe.sum(axis=2)
 
@@ -191,7 +230,7 @@ def plan(exchange: Exchange, counts_E: jax.Array) -> Plan:
     sort_index_R = segment_map(*runs, num_rows, num_rows)
     sort_inverse_R = segment_map(runs[1], runs[0], runs[2], num_rows, num_rows)
     group_sizes_e = received_Xe.sum(axis=0)
-    return Plan(offsets_E, group_sizes_e, sort_index_R, sort_inverse_R, sizes_XX)
+    return Plan(counts_E, offsets_E, group_sizes_e, sort_index_R, sort_inverse_R, sizes_XX)
 
 
 def _all_to_all(exchange: Exchange, rows_RD):

@@ -20,15 +20,15 @@ def experts(
     """out[r] = down(silu(gate x[r]) * (up x[r])) with the matrices of row r's expert.
 
     Arguments as for grouped_matmul: rows past sum(group_sizes) come out as zeros. What the
-    backward pass may keep is named `expert_matmul`.
+    backward pass may keep is named `expert_gate` and `expert_up`.
 
     Returns:
       out_RD in the type of x.
     """
 
     def product(x, w):
-        out = grouped_matmul(x, w, group_sizes_E, implementation=implementation)
-        return checkpoint_name(out, "expert_matmul")
+        return grouped_matmul(x, w, group_sizes_E, implementation=implementation)
 
-    gate_RF, up_RF = product(x_RD, gate_EDF), product(x_RD, up_EDF)
+    gate_RF = checkpoint_name(product(x_RD, gate_EDF), "expert_gate")
+    up_RF = checkpoint_name(product(x_RD, up_EDF), "expert_up")
     return product(jax.nn.silu(gate_RF) * up_RF, down_EFD)

@@ -1,8 +1,11 @@
 """Rows sorted by expert, times that expert's matrix.
 
-Two bodies with one meaning:
+Three bodies with one meaning:
+  megablox    JAX's Pallas kernels for TPU, whose work is in proportion to the rows in use, that of
+              the matrices' gradient included (of ragged_dot's the compiler makes every expert over
+              every row).
   ragged_dot  jax.lax.ragged_dot: TPU and GPU kernels; on CPU it runs every expert on every row.
-  blocks      a loop over each expert's rows in blocks: work in proportion to the rows in use.
+  blocks      a loop over each expert's rows in blocks, for CPU.
 """
 
 from __future__ import annotations
@@ -11,10 +14,41 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mixtral_jax.kernels import platform, vary_like
+from mixtral_jax.kernels import megablox, platform, vary_like
 from mixtral_jax.kernels.blocks import blocks
 
-IMPLEMENTATIONS = ("ragged_dot", "blocks")
+IMPLEMENTATIONS = ("megablox", "ragged_dot", "blocks")
+PLATFORMS = {
+    "megablox": ("tpu",),
+    "ragged_dot": ("cpu", "gpu", "tpu"),
+    "blocks": ("cpu", "gpu", "tpu"),
+}
+
+
+def resolve(implementation: str | None, rows: int, width: int, hidden: int) -> str:
+    """The body for rows [rows, width] and matrices [width, hidden]: that asked for, or the best.
+
+    Raises:
+      ValueError: if the one asked for cannot run on this platform, or on these shapes.
+    """
+    here, aligned = platform(), megablox.fits(rows, width, hidden)
+    if not implementation:
+        if here == "cpu":
+            return "blocks"
+        return "megablox" if here == "tpu" and aligned else "ragged_dot"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"grouped_matmul={implementation!r} is not one of {IMPLEMENTATIONS}")
+    if here not in PLATFORMS[implementation]:
+        raise ValueError(
+            f"grouped_matmul={implementation} does not run on {here} (only on "
+            f"{' and '.join(PLATFORMS[implementation])}): use ragged_dot, or leave it empty"
+        )
+    if implementation == "megablox" and not aligned:
+        raise ValueError(
+            f"grouped_matmul=megablox wants multiples of {megablox.LANES}, not {rows} rows of "
+            f"{width} into {hidden}: use ragged_dot, or leave it empty"
+        )
+    return implementation
 
 
 def grouped_matmul(
@@ -37,13 +71,12 @@ def grouped_matmul(
     Returns:
       out_RF in the type of x.
     """
-    if implementation is None:
-        implementation = "blocks" if platform() == "cpu" else "ragged_dot"
+    implementation = resolve(implementation, x_RD.shape[0], *w_EDF.shape[1:])
+    if implementation == "megablox":
+        return megablox.grouped_matmul(x_RD, w_EDF, group_sizes_E)
     x_RD, w_EDF = vary_like(x_RD, w_EDF), vary_like(w_EDF, x_RD)
     if implementation == "blocks":
         return blocks(x_RD, w_EDF, group_sizes_E)
-    if implementation == "ragged_dot":
-        out_RF = lax.ragged_dot(x_RD, w_EDF, group_sizes_E, preferred_element_type=x_RD.dtype)
-        in_use_R = jnp.arange(x_RD.shape[0]) < group_sizes_E.sum()
-        return jnp.where(in_use_R[:, None], out_RF, 0)
-    raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}")
+    out_RF = lax.ragged_dot(x_RD, w_EDF, group_sizes_E, preferred_element_type=x_RD.dtype)
+    in_use_R = jnp.arange(x_RD.shape[0]) < group_sizes_E.sum()
+    return jnp.where(in_use_R[:, None], out_RF, 0)

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mixtral_jax import sharding
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels.attention import attention, causal_mask
+from mixtral_jax.kernels import attention as kernels
 from mixtral_jax.model.cache import LayerCache
 from mixtral_jax.model.layers import matrix, rotary_angles, rotate
 
@@ -56,15 +56,29 @@ class Attention(nnx.Module):
         q_BLKGH = rotate(jnp.einsum("BLD,DKGH->BLKGH", x_BLD, wq), angles)
         k_BLKH = rotate(jnp.einsum("BLD,DKH->BLKH", x_BLD, wk), angles)
         v_BLKH = jnp.einsum("BLD,DKH->BLKH", x_BLD, wv)
+        q_BLKGH, k_BLKH, v_BLKH = (
+            checkpoint_name(a, "attention_qkv") for a in (q_BLKGH, k_BLKH, v_BLKH)
+        )
         if cache is None:
-            allowed = causal_mask(positions_BL, positions_BL, segments_BL, segments_BL)
+            out_BLKGH = self._within(q_BLKGH, k_BLKH, v_BLKH, positions_BL, segments_BL)
         else:
             cache = cache.write(k_BLKH, v_BLKH, positions_BL[:, 0])
             k_BLKH, v_BLKH = cache.k_BSKH.astype(dtype), cache.v_BSKH.astype(dtype)
             slots_1S = jnp.arange(k_BLKH.shape[1], dtype=jnp.int32)[None]
-            allowed = causal_mask(positions_BL, slots_1S)
-        out_BLKGH = attention(q_BLKGH, k_BLKH, v_BLKH, allowed)
+            allowed_BLS = kernels.causal_mask(positions_BL, slots_1S)
+            out_BLKGH = kernels.attention(q_BLKGH, k_BLKH, v_BLKH, allowed_BLS)
         out_BLD = jnp.einsum(
             "BLKGH,KGHD->BLD", out_BLKGH, wo, out_sharding=sharding.spec("batch", None, None)
         )
         return checkpoint_name(out_BLD, "attention_out"), cache
+
+    def _within(self, q_BLKGH, k_BLKH, v_BLKH, positions_BL, segments_BL):
+        """Attention of the sequences to themselves; kernels see what lies on one device."""
+        length, head = q_BLKGH.shape[1], q_BLKGH.shape[-1]
+        name = kernels.resolve(self.config.attention, length, head)
+        body = partial(kernels.self_attention, implementation=name)
+        if name != "xla":
+            batch, heads = sharding.spec("batch"), sharding.spec("batch", None, "heads")
+            specs = (heads, heads, heads, batch, batch)
+            body = jax.shard_map(body, in_specs=specs, out_specs=heads, check_vma=False)
+        return body(q_BLKGH, k_BLKH, v_BLKH, positions_BL, segments_BL)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from mixtral_jax import sharding
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels import platform
+from mixtral_jax.kernels import platform, splash
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.cache import LayerCache
 from mixtral_jax.model.layers import RMSNorm, matrix
@@ -19,13 +19,15 @@ from mixtral_jax.model.moe import MoE
 from mixtral_jax.model.router import RoutingStatistics
 
 _policies = jax.checkpoint_policies
+_keep = _policies.save_only_these_names
+_attention = ("attention_qkv", splash.KEPT, "attention_out", "routing")
 REMAT = {
     "full": _policies.nothing_saveable,
-    "attention_out": _policies.save_only_these_names("attention_out"),
-    "matmuls": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable,
-        _policies.save_only_these_names("expert_matmul", "attention_out"),
-    ),
+    "attention_out": _keep("attention_out"),
+    "no_experts": _keep(*_attention),
+    "no_up": _keep(*_attention, "expert_gate"),
+    "no_down": _keep(*_attention, "expert_gate", "expert_up"),
+    "matmuls": _keep(*_attention, "expert_gate", "expert_up", "expert_out"),
 }
 
 

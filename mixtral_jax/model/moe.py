@@ -15,13 +15,38 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from mixtral_jax import sharding
 from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.kernels import exchange as exchanges
+from mixtral_jax.kernels import grouped_matmul
 from mixtral_jax.kernels.experts import experts as experts_of
 from mixtral_jax.model.layers import matrix
 from mixtral_jax.model.router import RoutingStatistics, local_statistics, route
+
+
+def exchange_of(config: ModelConfig, tokens: int) -> exchanges.Exchange:
+    """The exchange of one layer, where each device of the mesh that is set has that many tokens."""
+    shards = sharding.expert_shards()
+    experts, per_token = config.num_local_experts, config.num_experts_per_tok
+    return exchanges.make(
+        exchanges.resolve(config.exchange, shards),
+        sharding.EXPERT,
+        shards,
+        tokens=tokens,
+        experts=experts,
+        per_token=per_token,
+        capacity=capacity_of(config.capacity_factor, tokens, per_token, experts),
+        receive_factor=config.receive_factor,
+    )
+
+
+def grouped_matmul_of(config: ModelConfig, exchange: exchanges.Exchange) -> str:
+    """The body of the experts' products, on the mesh that is set."""
+    hidden = config.intermediate_size // sharding.tensor_shards()
+    rows, width = exchange.receive_rows, config.hidden_size
+    return grouped_matmul.resolve(config.grouped_matmul, rows, width, hidden)
 
 
 def check_exchange(config: ModelConfig) -> None:
@@ -113,24 +138,26 @@ class MoE(nnx.Module):
           out_BLD (zeros where padding, and nothing from a dropped assignment: the weights of the
           others stay as they are), and the statistics of the global batch.
         """
-        shards = sharding.expert_shards()
-        name = exchanges.resolve(self.config.exchange, shards)
+        tokens = real_BL.size // sharding.batch_shards()
+        exchange = exchange_of(self.config, tokens)
+        grouped = grouped_matmul_of(self.config, exchange)
         dtype = x_BLD.dtype
         weights = [p[...].astype(dtype) for p in (self.gate_EDF, self.up_EDF, self.down_EFD)]
         into = sharding.spec("experts", "expert_model", "expert_hidden")
         out_of = sharding.spec("experts", "expert_hidden", "expert_model")
         batch = sharding.spec("batch")
         body = jax.shard_map(
-            partial(_sparse_experts, config=self.config, exchange=name, shards=shards),
+            partial(_sparse_experts, config=self.config, exchange=exchange, grouped=grouped),
             in_specs=(batch, batch, sharding.spec(None, None), into, into, out_of),
             out_specs=(batch, sharding.spec()),
+            check_vma=grouped != "megablox",  # Pallas kernels do not say what they vary over
         )
         router_DE = sharding.shard(self.router_DE[...], None, None)
         return body(x_BLD, real_BL, router_DE, *weights)
 
 
 def _sparse_experts(
-    x_BLD, real_BL, router_DE, gate_edf, up_edf, down_efd, *, config, exchange, shards
+    x_BLD, real_BL, router_DE, gate_edf, up_edf, down_efd, *, config, exchange, grouped
 ):
     """One device's part of MoE.__call__; the five numbered steps of the data flow."""
     x_TD, real_T = x_BLD.reshape(-1, x_BLD.shape[-1]), real_BL.reshape(-1)
@@ -139,16 +166,17 @@ def _sparse_experts(
     with jax.named_scope("route"):  # 1. choose experts; 2. sort the assignments by expert
         routing = route(x_TD, router_DE, real_T, per_token)
         capacity = capacity_of(config.capacity_factor, tokens, per_token, experts)
-        order_A, rank_CT, chosen_E, kept_E = keep_rows(routing.ids_TC, experts, capacity)
-        statistics = local_statistics(routing, real_T, (chosen_E - kept_E).sum())
-        statistics = jax.tree.map(lambda s: lax.psum(s, sharding.BATCH_AXES), statistics)
+        order_A, rank_CT, chosen_E, kept_E = jax.tree.map(
+            lambda a: checkpoint_name(a, "routing"), keep_rows(routing.ids_TC, experts, capacity)
+        )
 
     with jax.named_scope("exchange"):  # 3. rows to their experts
-        sizes = {"tokens": tokens, "experts": experts, "per_token": per_token}
-        exchange = exchanges.make(exchange, sharding.EXPERT, shards, **sizes, capacity=capacity)
         plan = exchanges.plan(exchange, kept_E)
+        statistics = local_statistics(routing, real_T, (chosen_E - plan.kept_E).sum())
+        statistics = jax.tree.map(lambda s: lax.psum(s, sharding.BATCH_AXES), statistics)
         rows = dispatch_rows(
-            routing.ids_TC, order_A, rank_CT, chosen_E, kept_E, plan.offsets_E, exchange.send_rows
+            *(routing.ids_TC, order_A, rank_CT, chosen_E, plan.kept_E, plan.offsets_E),
+            exchange.send_rows,
         )
         sent_RD = exchanges.take_rows(x_TD, rows.token_R, rows.row_CT)
         received_RD = exchanges.send(exchange, plan, sent_RD)
@@ -156,10 +184,12 @@ def _sparse_experts(
     with jax.named_scope("experts"):  # 4. SwiGLU over the experts that live here
         gate_eDf, up_eDf = (_gather(w, 1) for w in (gate_edf, up_edf))
         down_efD = _gather(down_efd, 2)
-        done_RD = experts_of(received_RD, gate_eDf, up_eDf, down_efD, plan.group_sizes_e)
+        matrices = (gate_eDf, up_eDf, down_efD)
+        done_RD = experts_of(received_RD, *matrices, plan.group_sizes_e, implementation=grouped)
 
     with jax.named_scope("exchange"):  # 5. and back, where the weighted sum ends it
         returned_RD = exchanges.send_back(exchange, plan, done_RD)
+        returned_RD = checkpoint_name(returned_RD, "expert_out")
     with jax.named_scope("combine"):
         parts_AD = exchanges.take_rows(
             returned_RD, rows.row_CT.reshape(-1), rows.assignment_R[None]

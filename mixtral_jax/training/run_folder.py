@@ -16,7 +16,7 @@ TOKENIZER = "tokenizer.model"
 
 # What may differ when a run goes on: where and how it computes, not what.
 MAY_CHANGE = {
-    "model": {"exchange", "remat", "scan_layers"},
+    "model": {"attention", "exchange", "grouped_matmul", "receive_factor", "remat", "scan_layers"},
     "mesh": {field.name for field in dataclasses.fields(MeshConfig)},
     "training": {
         *("steps", "log_every", "checkpoint_every", "keep_checkpoints", "validate_every"),

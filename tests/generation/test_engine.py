@@ -183,9 +183,10 @@ def test_a_prompt_beyond_the_context_is_refused_before_anything_runs():
         engine.stream([*requests(GREEDY, PROMPTS[:1]), Request((1,) * 60, GREEDY)])
 
 
-def test_a_model_that_drops_tokens_is_refused():
-    capped = types.SimpleNamespace(config=dataclasses.replace(MODEL, capacity_factor=1.0))
-    with pytest.raises(ValueError, match=r"capacity_factor=1.0 would drop tokens"):
+@pytest.mark.parametrize("name", ["capacity_factor", "receive_factor"])
+def test_a_model_that_drops_tokens_is_refused(name):
+    capped = types.SimpleNamespace(config=dataclasses.replace(MODEL, **{name: 1.5}))
+    with pytest.raises(ValueError, match=rf"{name}=1.5 would drop tokens"):
         Engine(capped, sharding.make_mesh(), NEVER)
 
 

@@ -116,6 +116,9 @@ def test_the_future_changes_nothing():
         ("matmuls", ONE),
         ("full", (1, 1, 2, 2)),
         ("matmuls", (1, 1, 2, 2)),
+        ("no_down", ONE),
+        ("no_up", (1, 1, 2, 1)),
+        ("no_experts", (1, 1, 2, 2)),
     ],
     ids=str,
 )

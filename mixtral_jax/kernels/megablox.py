@@ -1,0 +1,76 @@
+"""The grouped matrix product by JAX's megablox kernels for TPU."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
+
+LANES = 128  # every tile is a multiple of it
+ROW_TILE, WIDTH_TILE, HIDDEN_TILE = 512, 1024, 1024
+"""Two of each and a float32 sum fit into 16 MiB, and their arithmetic outlasts their loading on v5p
+(342 FLOPs a byte; the chip has 166). Taller tiles would waste more at the edges of experts."""
+
+
+def fits(rows: int, width: int, hidden: int) -> bool:
+    """Whether the kernels take rows [rows, width] and matrices [width, hidden]."""
+    return rows % LANES == width % LANES == hidden % LANES == 0
+
+
+def _tile(size: int, most: int) -> int:
+    """The largest of most, most / 2, ... 128 that divides a multiple of 128."""
+    while size % most:
+        most //= 2
+    return most
+
+
+def _tiles(rows: int, width: int, hidden: int) -> tuple[int, int, int]:
+    return _tile(rows, ROW_TILE), _tile(width, WIDTH_TILE), _tile(hidden, HIDDEN_TILE)
+
+
+def _rows_times_matrix(x_RD, w, group_sizes_E, transposed: bool):
+    rows, width = x_RD.shape
+    hidden = w.shape[1 if transposed else 2]
+    out_RF = gmm(
+        x_RD,
+        w,
+        group_sizes_E,
+        x_RD.dtype,
+        _tiles(rows, width, hidden),
+        transpose_rhs=transposed,
+        interpret=_interpret(),
+    )
+    in_use_R = jnp.arange(rows) < group_sizes_E.sum()  # the kernel leaves the others as they were
+    return jnp.where(in_use_R[:, None], out_RF, 0)
+
+
+def _interpret() -> bool:
+    """Whether to run as plain JAX: in tests, on CPU."""
+    return False
+
+
+@jax.custom_vjp
+def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    """As kernels.grouped_matmul; inside shard_map, its types must not be checked."""
+    return _rows_times_matrix(x_RD, w_EDF, group_sizes_E, transposed=False)
+
+
+def _forward(x_RD, w_EDF, group_sizes_E):
+    return grouped_matmul(x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E)
+
+
+def _backward(residuals, g_RF):
+    x_RD, w_EDF, group_sizes_E = residuals
+    dx_RD = _rows_times_matrix(g_RF, w_EDF, group_sizes_E, transposed=True)
+    dw_EDF = tgmm(
+        x_RD.T,
+        g_RF,
+        group_sizes_E,
+        w_EDF.dtype,
+        _tiles(x_RD.shape[0], *w_EDF.shape[1:]),
+        interpret=_interpret(),
+    )
+    return dx_RD, dw_EDF, None
+
+
+grouped_matmul.defvjp(_forward, _backward)
