@@ -1,12 +1,14 @@
-"""A stand-in for jax.lax.ragged_all_to_all, which XLA does not run on CPU."""
+"""What runs on accelerators alone, on CPU: a stand-in for jax.lax.ragged_all_to_all, which XLA:CPU
+lacks, and Pallas kernels in interpret mode."""
 
 import contextlib
+import functools
 from unittest import mock
 
 import jax.numpy as jnp
 from jax import lax
 
-from mixtral_jax.kernels import exchange
+from mixtral_jax.kernels import attention, exchange, grouped_matmul, megablox, splash
 
 
 def ragged_all_to_all(
@@ -48,5 +50,18 @@ def ragged_on_cpu():
     with (
         mock.patch.object(exchange.lax, "ragged_all_to_all", ragged_all_to_all),
         mock.patch.object(exchange, "platform", return_value="tpu"),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def tpu_kernels_on_cpu():
+    """Trace here, and attention and the experts' products are those of a TPU, interpreted."""
+    interpreted = functools.partial(splash.attention, interpret=True)
+    with (
+        mock.patch.object(attention, "platform", return_value="tpu"),
+        mock.patch.object(grouped_matmul, "platform", return_value="tpu"),
+        mock.patch.object(splash, "attention", interpreted),
+        mock.patch.object(megablox, "_interpret", return_value=True),
     ):
         yield

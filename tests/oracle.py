@@ -132,15 +132,45 @@ def keep_rows(ids_TC, real_T, experts, factor, devices):
     any second one, and each choice in the order of the tokens.
     """
     tokens, k = ids_TC.shape
+    capacity = math.ceil(factor * (tokens // devices) * k / experts)
+    return _keep(ids_TC, real_T, np.full((devices, experts), capacity))
+
+
+def keep_received(ids_TC, real_T, experts, room, devices, shards, each):
+    """Which assignments are kept when a device has room for so many rows (`each`: per sender).
+
+    Devices come in groups of `shards` that exchange among themselves. Where rows do not fit, all
+    runs (one from each sender for each expert) are cut to the greatest equal length that fits.
+    """
+    share, local = len(ids_TC) // devices, experts // shards
+    most_XE = np.zeros((devices, experts), int)
+    for device in range(devices):
+        mine = slice(device * share, (device + 1) * share)
+        ids = ids_TC[mine][real_T[mine]].reshape(-1)
+        most_XE[device] = np.bincount(ids, minlength=experts)
+    for first in range(0, devices, shards):
+        group = range(first, first + shards)
+        for owner in range(shards):
+            for senders in [[s] for s in group] if each else [group]:
+                runs = np.ix_(senders, range(owner * local, (owner + 1) * local))
+                fits = (
+                    n for n in range(room, -1, -1) if np.minimum(most_XE[runs], n).sum() <= room
+                )
+                most_XE[runs] = np.minimum(most_XE[runs], next(fits))
+    return _keep(ids_TC, real_T, most_XE)
+
+
+def _keep(ids_TC, real_T, most_XE):
+    """The assignments kept when device x sends at most most_XE[x, e] rows to expert e."""
+    (tokens, k), devices = ids_TC.shape, len(most_XE)
     share = tokens // devices
-    capacity = math.ceil(factor * share * k / experts)
     keep_TC = np.zeros(ids_TC.shape, bool)
     for device in range(devices):
-        sent_E = [0] * experts
+        sent_E = [0] * most_XE.shape[1]
         for choice in range(k):
             for token in range(device * share, (device + 1) * share):
                 expert = ids_TC[token, choice]
-                if real_T[token] and sent_E[expert] < capacity:
+                if real_T[token] and sent_E[expert] < most_XE[device, expert]:
                     sent_E[expert] += 1
                     keep_TC[token, choice] = True
     return keep_TC

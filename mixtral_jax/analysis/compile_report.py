@@ -31,9 +31,8 @@ from mixtral_jax.analysis import topology
 from mixtral_jax.analysis.collectives import read_collectives
 from mixtral_jax.config import Config, InputError
 from mixtral_jax.model.flops import training_flops_per_token
-from mixtral_jax.model.moe import check_exchange
 from mixtral_jax.training.placement import Placement
-from mixtral_jax.training.step import abstract_train_state, make_train_step
+from mixtral_jax.training.step import abstract_train_state, kernels_of_step, make_train_step
 
 # Of the programs that are priced. An asynchronous ragged-all-to-all cannot be printed as text.
 PRICED_WITH = {
@@ -86,7 +85,7 @@ def compile_report(config: Config, name: str) -> dict[str, Any]:
     target = topology.get_slice(name)
     mesh = topology.make_mesh(config.mesh, target)
     with jax.set_mesh(mesh):
-        check_exchange(config.model)
+        kernels_of_step(config)
     training = config.training
     tokens = training.batch_size * training.sequence_length / mesh.size
     report = {

@@ -18,7 +18,7 @@ from mixtral_jax.generation.engine import Engine
 from mixtral_jax.generation.request import Deployment, Options, Request, check_requests
 from mixtral_jax.interop.folders import recognise
 from mixtral_jax.interop.models import open_checkpoint
-from mixtral_jax.model.moe import check_exchange
+from mixtral_jax.model.mixtral import chosen_kernels
 
 
 def run(
@@ -64,7 +64,7 @@ def deploy(checkpoint: str | pathlib.Path, deployment: Deployment) -> Deployed:
         )
     mesh = sharding.mesh_from_config(deployment.mesh)
     with jax.set_mesh(mesh):
-        check_exchange(config)
+        chosen_kernels(config, sharding.batch_shards(), 1)
 
     def start() -> Engine:
         engine = Engine(found.load(config, mesh), mesh, tokenizer.eos_id)

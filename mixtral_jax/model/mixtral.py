@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mixtral_jax import sharding
-from mixtral_jax.config import ModelConfig
+from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.kernels import platform, splash
+from mixtral_jax.kernels.attention import resolve
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.cache import LayerCache
 from mixtral_jax.model.layers import RMSNorm, matrix
-from mixtral_jax.model.moe import MoE
+from mixtral_jax.model.moe import MoE, exchange_of, grouped_matmul_of
 from mixtral_jax.model.router import RoutingStatistics
 
 _policies = jax.checkpoint_policies
@@ -187,6 +188,23 @@ def _logits(graphdef, state, tokens_BL, positions_BL, segments_BL):
     if missing:
         logits_BLV = sharding.shard(logits_BLV, None, None, "vocabulary")[:batch]
     return logits_BLV
+
+
+def chosen_kernels(config: ModelConfig, batch: int, length: int) -> dict[str, str]:
+    """The bodies that a batch [batch, length] gets on the mesh that is set, by the config's keys.
+
+    Raises:
+      InputError: if one that the config asks for cannot run there, or not on these shapes.
+    """
+    try:
+        exchange = exchange_of(config, batch * length // sharding.batch_shards())
+        return {
+            "exchange": exchange.implementation,
+            "grouped_matmul": grouped_matmul_of(config, exchange),
+            "attention": resolve(config.attention, length, config.head_size),
+        }
+    except ValueError as error:
+        raise InputError(f"model.{error}") from None
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:

@@ -18,7 +18,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from mixtral_jax import sharding
-from mixtral_jax.config import InputError, ModelConfig
+from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels import exchange as exchanges
 from mixtral_jax.kernels import grouped_matmul
 from mixtral_jax.kernels.experts import experts as experts_of
@@ -47,18 +47,6 @@ def grouped_matmul_of(config: ModelConfig, exchange: exchanges.Exchange) -> str:
     hidden = config.intermediate_size // sharding.tensor_shards()
     rows, width = exchange.receive_rows, config.hidden_size
     return grouped_matmul.resolve(config.grouped_matmul, rows, width, hidden)
-
-
-def check_exchange(config: ModelConfig) -> None:
-    """Refuse an exchange that cannot run on the platform of the mesh that is set.
-
-    Raises:
-      InputError: naming the exchange and the platforms that it runs on.
-    """
-    try:
-        exchanges.resolve(config.exchange, sharding.expert_shards())
-    except ValueError as error:
-        raise InputError(f"model.{error}") from None
 
 
 class Dispatch(NamedTuple):

@@ -23,7 +23,6 @@ from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.data.validation import validation_set
 from mixtral_jax.interop import folders
 from mixtral_jax.interop.models import open_checkpoint
-from mixtral_jax.model.moe import check_exchange
 from mixtral_jax.training import report, run_folder
 from mixtral_jax.training.checkpoint import FOLDER, Checkpoints, Extras
 from mixtral_jax.training.metrics import Reporter, training_record
@@ -32,6 +31,7 @@ from mixtral_jax.training.step import (
     TrainState,
     abstract_train_state,
     initial_state,
+    kernels_of_step,
     make_train_step,
     make_validation_step,
     state_from,
@@ -48,7 +48,7 @@ def train(config: Config) -> None:
     sharding.start(config.mesh)
     mesh = sharding.mesh_from_config(config.mesh)
     with jax.set_mesh(mesh):
-        check_exchange(config.model)
+        kernels_of_step(config)
         run = Run(config, mesh)
         try:
             run.loop()
@@ -180,6 +180,8 @@ class Run:
             f"active; {training.batch_size} x {training.sequence_length} tokens a step on "
             + describe(self.mesh)
         )
+        kernels = kernels_of_step(self.config)
+        _say("kernels: " + ", ".join(f"{key} {name}" for key, name in kernels.items()))
         began = time.perf_counter()
         step = jax.jit(make_train_step(self.config), donate_argnums=0)
         abstract = abstract_train_state(self.config, self.mesh)

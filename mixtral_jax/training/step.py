@@ -15,7 +15,7 @@ from flax import nnx
 from mixtral_jax import sharding
 from mixtral_jax.config import Config
 from mixtral_jax.data.packing import Batch
-from mixtral_jax.model.mixtral import Mixtral, abstract_state
+from mixtral_jax.model.mixtral import Mixtral, abstract_state, chosen_kernels
 from mixtral_jax.model.router import RoutingStatistics
 from mixtral_jax.training import losses as loss_terms
 from mixtral_jax.training.optimizer import learning_rate, make_optimizer
@@ -67,6 +67,13 @@ def abstract_train_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
 
     return jax.tree.map(with_sharding, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def kernels_of_step(config: Config) -> dict[str, str]:
+    """Of the training step, on the mesh that is set; see model.mixtral.chosen_kernels."""
+    training = config.training
+    batch = training.batch_size // training.gradient_accumulation
+    return chosen_kernels(config.model, batch, training.sequence_length)
 
 
 def shardings_of(abstract: Any) -> Any:

@@ -195,5 +195,5 @@ def test_the_cpu_uses_blocks_and_an_unknown_body_is_named():
     x_RD, w_EDF, _ = operands(4, 3)
     sizes = jnp.array([1, 2, 1], jnp.int32)
     assert "ragged_dot" not in str(jax.make_jaxpr(grouped_matmul)(x_RD, w_EDF, sizes))
-    with pytest.raises(ValueError, match=r"implementation='magic' is not one of .*blocks"):
+    with pytest.raises(ValueError, match=r"grouped_matmul='magic' is not one of .*blocks"):
         grouped_matmul(x_RD, w_EDF, sizes, implementation="magic")

@@ -164,14 +164,22 @@ def test_full_and_attention_out_keep_one_array_a_layer_each():
 
 
 def test_matmuls_keeps_the_result_of_every_matrix_product():
-    """Queries, keys, values and router logits of each token; gate, up and down of each row."""
+    """Queries, keys, values of each token; gate, up and down of each row; and where rows go.
+
+    The policies between leave out the experts' products, one after another.
+    """
     config = make_config()
     tokens, heads = B * L, config.num_attention_heads + 2 * config.num_key_value_heads
-    rows = tokens * config.num_experts_per_tok
-    products = tokens * (heads * config.head_size + config.num_local_experts)
-    products += rows * (2 * config.intermediate_size + config.hidden_size)
-    more = saved_bytes("matmuls") - saved_bytes("attention_out")
-    assert more == 4 * config.num_hidden_layers * products
+    rows, experts = tokens * config.num_experts_per_tok, config.num_local_experts
+    kept = tokens * heads * config.head_size + 2 * rows + 2 * experts
+    for policy, size in (
+        ("no_experts", 0),
+        ("no_up", config.intermediate_size),
+        ("no_down", 2 * config.intermediate_size),
+        ("matmuls", 2 * config.intermediate_size + config.hidden_size),
+    ):
+        more = saved_bytes(policy) - saved_bytes("attention_out")
+        assert more == 4 * config.num_hidden_layers * (kept + rows * size), policy
 
 
 def test_unrolled_layers_change_no_number():

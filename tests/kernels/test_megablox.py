@@ -1,0 +1,80 @@
+"""JAX's megablox kernels, in interpret mode, against the oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from mixtral_jax.kernels import megablox
+from mixtral_jax.kernels.grouped_matmul import resolve
+
+ROWS, D, F = 384, 128, 256
+SIZES = {
+    "across tiles": [100, 0, 156, 44],  # 84 rows left over
+    "at the edges of tiles": [128, 128, 0, 128],
+    "all to one": [0, 384, 0, 0],
+    "no row": [0, 0, 0, 0],
+}
+
+
+@jax.jit
+def run(x_RD, w_EDF, sizes_E, g_RF):
+    out, pull = jax.vjp(lambda x, w: megablox.grouped_matmul(x, w, sizes_E), x_RD, w_EDF)
+    return out, *pull(g_RF)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_values_and_gradients(monkeypatch, sizes):
+    """Rows past the last group are not read; they come out as zeros, and so does their gradient."""
+    monkeypatch.setattr(megablox, "_interpret", lambda: True)
+    monkeypatch.setattr(megablox, "ROW_TILE", 128)
+    rng, used = np.random.default_rng(0), sum(sizes)
+    x_RD, w_EDF, g_RF = (
+        rng.normal(size=shape).astype(np.float32) for shape in ((ROWS, D), (4, D, F), (ROWS, F))
+    )
+    x_RD[used:], g_RF[used:] = np.nan, np.nan
+    out, dx, dw = np.zeros(g_RF.shape), np.zeros(x_RD.shape), np.zeros(w_EDF.shape)
+    first = 0
+    for expert, size in enumerate(sizes):
+        rows = slice(first, first + size)
+        out[rows] = x_RD[rows] @ w_EDF[expert]
+        dx[rows] = g_RF[rows] @ w_EDF[expert].T
+        dw[expert] = x_RD[rows].T @ g_RF[rows]
+        first += size
+    actual = run(x_RD, w_EDF, jnp.asarray(sizes, jnp.int32), g_RF)
+    oracle.close(actual, (out, dx, dw), rel=2e-6)
+
+
+def test_tiles_divide_what_they_cut():
+    assert megablox._tiles(8192, 4096, 14336) == (512, 1024, 1024)
+    assert megablox._tiles(384, 640, 256) == (128, 128, 256)
+
+
+@pytest.mark.parametrize(
+    ("platform", "asked", "rows", "body"),
+    [
+        ("tpu", "", 256, "megablox"),
+        ("tpu", None, 100, "ragged_dot"),
+        ("tpu", "ragged_dot", 256, "ragged_dot"),
+        ("gpu", "", 256, "ragged_dot"),
+        ("cpu", "", 256, "blocks"),
+    ],
+)
+def test_the_best_body_of_each_platform_and_shape(monkeypatch, platform, asked, rows, body):
+    monkeypatch.setattr("mixtral_jax.kernels.grouped_matmul.platform", lambda: platform)
+    assert resolve(asked, rows, D, F) == body
+
+
+@pytest.mark.parametrize(
+    ("platform", "rows", "words"),
+    [
+        ("cpu", 256, ["grouped_matmul=megablox does not run on cpu", "tpu", "use ragged_dot"]),
+        ("tpu", 100, ["grouped_matmul=megablox wants multiples of 128", "100 rows"]),
+    ],
+)
+def test_a_body_that_cannot_run_is_refused_in_one_line(monkeypatch, platform, rows, words):
+    monkeypatch.setattr("mixtral_jax.kernels.grouped_matmul.platform", lambda: platform)
+    with pytest.raises(ValueError, match=r"^.+$") as error:
+        resolve("megablox", rows, D, F)
+    assert all(word in str(error.value) for word in words), error.value

@@ -1,0 +1,71 @@
+"""JAX's splash kernel, in interpret mode, against the oracle."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from mixtral_jax.kernels import splash
+from mixtral_jax.kernels.attention import resolve
+
+B, K, G, H = 2, 2, 3, 128
+
+
+def packed(length, ends):
+    """Segments 1, 2, ... of a row that end where `ends` says, then padding."""
+    return np.searchsorted(ends, np.arange(length), side="right") + 1
+
+
+def weighted(q_BLKGH, k_BLKH, v_BLKH, g_BLKGH, allowed_BLS):
+    return (oracle.attend(q_BLKGH, k_BLKH, v_BLKH, allowed_BLS) * g_BLKGH).sum()
+
+
+@pytest.mark.parametrize("length", [128, 384])
+def test_values_and_gradients_of_packed_documents(length):
+    """Documents that end inside a block, at its edge, and one that is a single token."""
+    rng = np.random.default_rng(length)
+    segments_BL = np.stack([packed(length, [1, 50, 128]), packed(length, [length])])
+    shapes = (B, length, K, G, H), (B, length, K, H), (B, length, K, H), (B, length, K, G, H)
+    q, k, v, g = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    kernel = functools.partial(splash.attention, interpret=True)
+    out, pull = jax.jit(jax.vjp, static_argnums=0)(
+        lambda q, k, v: kernel(q, k, v, jnp.asarray(segments_BL)), q, k, v
+    )
+    arrays64 = [a.astype(np.float64) for a in (q, k, v, g)]
+    allowed_BLS = oracle.may_see(segments_BL)
+    wanted = oracle.attend(*arrays64[:3], allowed_BLS)
+    gradients = oracle.gradient(weighted, (0, 1, 2))(*arrays64, allowed_BLS)
+    oracle.close((out, *pull(g)), (wanted, *gradients), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("platform", "asked", "length", "head", "body"),
+    [
+        ("tpu", None, 4096, 128, "splash"),
+        ("tpu", "", 4096, 64, "xla"),
+        ("tpu", "", 100, 128, "xla"),
+        ("tpu", "xla", 4096, 128, "xla"),
+        ("cpu", "", 4096, 128, "xla"),
+    ],
+)
+def test_the_best_body_of_each_platform_and_shape(monkeypatch, platform, asked, length, head, body):
+    monkeypatch.setattr("mixtral_jax.kernels.attention.platform", lambda: platform)
+    assert resolve(asked, length, head) == body
+
+
+@pytest.mark.parametrize(
+    ("platform", "asked", "length", "words"),
+    [
+        ("cpu", "splash", 128, ["attention=splash does not run on cpu", "tpu", "use xla"]),
+        ("tpu", "splash", 100, ["attention=splash", "multiples of 128", "100", "use xla"]),
+        ("tpu", "flash", 128, ["attention='flash' is not one of"]),
+    ],
+)
+def test_a_body_that_cannot_run_is_refused_in_one_line(monkeypatch, platform, asked, length, words):
+    monkeypatch.setattr("mixtral_jax.kernels.attention.platform", lambda: platform)
+    with pytest.raises(ValueError, match=r"^.+$") as error:
+        resolve(asked, length, 128)
+    assert all(word in str(error.value) for word in words), error.value
