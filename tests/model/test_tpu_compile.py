@@ -1,5 +1,7 @@
 """Programs for TPU slices, compiled on a machine that has none."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,7 +11,7 @@ from harness import abstract, describe, shapes
 from mixtral_jax import sharding
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels import platform
-from mixtral_jax.model.mixtral import abstract_state
+from mixtral_jax.model.mixtral import abstract_state, chosen_kernels
 from mixtral_jax.model.moe import MoE
 from mixtral_jax.training import losses as terms
 
@@ -64,10 +66,27 @@ def test_the_sparse_layer_compiles_with_ragged_exchange(devices, sizes):
     program = lowered.as_text()
     # Forward there and back, and the same again backward.
     assert program.count("custom_call @ragged_all_to_all") == 4
-    assert "chlo.ragged_dot" in program
-    assert "stablehlo.while" not in program, "the loop over blocks is for CPU"
+    # gate, up, down; each again for the rows' gradient and (tgmm) for the matrices'.
+    assert len(re.findall(r"call @gmm\w*\(", program)) == 6
+    assert len(re.findall(r"call @tgmm\w*\(", program)) == 3
+    assert "tpu_custom_call" in program
+    assert "chlo.ragged_dot" not in program
     memory = lowered.compile().memory_analysis()
     assert memory.temp_size_in_bytes > 0
+
+
+def test_shapes_that_the_kernels_do_not_take_get_ragged_dot(devices):
+    config = ModelConfig(**{**vars(CONFIG), "intermediate_size": 192, "head_dim": 64})
+    mesh = sharding.make_mesh(fsdp=2, expert=4, devices=devices)
+    with jax.set_mesh(mesh):
+        chosen = chosen_kernels(config, 16, 32)
+        assert chosen == {"exchange": "ragged", "grouped_matmul": "ragged_dot", "attention": "xla"}
+        aligned = chosen_kernels(CONFIG, 8, 128)
+    assert aligned == {"exchange": "ragged", "grouped_matmul": "megablox", "attention": "splash"}
+    program = lower_layer(config, mesh).as_text()
+    assert "chlo.ragged_dot" in program
+    assert "tpu_custom_call" not in program
+    assert "stablehlo.while" not in program, "the loop over blocks is for CPU"
 
 
 @pytest.mark.parametrize("exchange", ["padded", "local"])
