@@ -29,6 +29,10 @@ class Chip:
     interconnect_bytes_per_second: float
     """Of all links of a chip, both directions added up."""
     torus_axes: int
+    priced_flops: float
+    """FLOP/s at which the compiler's estimate prices a bfloat16 product (large and dense)."""
+    priced_bytes: float
+    """Bytes/s of memory at which it prices an elementwise operation."""
     wraps_at: int
     """An axis of a slice is a ring if its length is a multiple of this; otherwise it is a line."""
 
@@ -39,9 +43,9 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip(16 * 2**30, 819e9, 400e9, torus_axes=2, wraps_at=16),
-    "v5p": Chip(95 * 2**30, 2765e9, 1200e9, torus_axes=3, wraps_at=4),
-    "v6e": Chip(32 * 2**30, 1640e9, 800e9, torus_axes=2, wraps_at=16),
+    "v5e": Chip(16 * 2**30, 819e9, 400e9, 2, 184.9e12, 737.7e9, wraps_at=16),
+    "v5p": Chip(95 * 2**30, 2765e9, 1200e9, 3, 394.0e12, 2350e9, wraps_at=4),
+    "v6e": Chip(32 * 2**30, 1640e9, 800e9, 2, 918.0e12, 1638e9, wraps_at=16),
 }
 
 # What libtpu would otherwise look for on a TPU VM, and complain in many lines that it is not there.

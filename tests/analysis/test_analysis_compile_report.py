@@ -10,7 +10,7 @@ import yaml
 from tiny import MODEL, TRAINING, make_config
 
 import train
-from mixtral_jax.analysis import collectives, compile_report, topology
+from mixtral_jax.analysis import collectives, compile_report, memory, prices, topology
 from mixtral_jax.config import InputError, MeshConfig
 from mixtral_jax.model.flops import training_flops_per_token
 
@@ -19,6 +19,8 @@ KEYS = {
     *("fits", "bytes_per_device", "tokens_per_chip", "model_flops", "compiled_flops"),
     *("collectives", "compiler_seconds", "interconnect_seconds", "estimated_step_seconds"),
     *("estimated_tokens_per_second_per_chip", "estimated_mfu"),
+    *("compiled_flops_expected_rows", "compiler_seconds_expected_rows", "unpriced"),
+    *("arithmetic_seconds", "memory_seconds"),
 }
 compiles = pytest.mark.tpu_compile
 
@@ -59,15 +61,21 @@ def test_the_report_of_three_layers_is_that_of_the_unrolled_program(
     assert 0 < report["compiler_seconds"] < 1e-3
     assert 0 < report["interconnect_seconds"] < 1e-3
     assert 0 < report["estimated_mfu"] < 0.1
+    # Of the rows that a device has room for, half are in use: the products forward need less.
+    for name in ("compiled_flops", "compiler_seconds"):
+        assert 0.5 < report[f"{name}_expected_rows"] / report[name] < 1
+    assert report["unpriced"] == {"flops": 0, "seconds": 0}
+    for name in ("arithmetic_seconds", "memory_seconds"):
+        assert 0 < report[name] < report["compiler_seconds"]
     for name in ("memory, total", "estimated tokens/s", "ragged-all-to-all", "nothing overlaps"):
         assert name in shown
 
     target = topology.get_slice("v5p:2x2x1")
     config = make_config(mesh=MESH)
     mesh = topology.make_mesh(config.mesh, target)
-    whole = compile_report.price_of_layers(config, mesh, target, 3)
-    assert report["compiled_flops"] == pytest.approx(whole.flops, rel=0.02)
-    assert report["compiler_seconds"] == pytest.approx(whole.compiler_seconds, rel=0.1)
+    whole = prices.price_of_layers(config, mesh, target, 3)
+    assert report["compiled_flops"] == pytest.approx(whole.compiled.flops, rel=0.02)
+    assert report["compiler_seconds"] == pytest.approx(whole.compiled.seconds, rel=0.1)
     for kind in ("ragged-all-to-all", "all-gather"):
         assert report["collectives"][kind]["count"] == whole.collectives[kind]["count"]
         assert report["collectives"][kind]["bytes"] == pytest.approx(
@@ -86,9 +94,9 @@ def test_compiled_flops_are_those_of_the_model_and_the_buffers(libtpu, optimized
     config = make_config(model=model, training=training, mesh={"fsdp": 4})
     target = topology.get_slice("v5p:2x2x1")
     mesh = topology.make_mesh(config.mesh, target)
-    found = compile_report.price_of_layers(config, mesh, target, 1)
+    found = prices.price_of_layers(config, mesh, target, 1)
     wanted = 128 * training_flops_per_token(config.model, 128)
-    assert 0.9 < found.flops / wanted < 3
+    assert 0.9 < found.compiled.flops / wanted < 3
     assert "ragged-all-to-all" not in found.collectives
 
 
@@ -167,26 +175,28 @@ def test_without_libtpu_the_message_says_what_to_install(config_file, capsys, mo
 
 
 def test_microbatches_and_layers_are_counted_as_often_as_they_run(monkeypatch):
-    prices = {
-        1: compile_report.Price(10.0, 1.0, 0.5, {"all-reduce": {"count": 3, "bytes": 8.0}}),
-        2: compile_report.Price(
-            16.0,
-            1.5,
-            0.75,
+    def made(scale, collectives):
+        costs = (prices.Cost(10.0 * part + 6.0 * scale, part, 1.0 + scale) for part in (1, 2, 3))
+        return prices.Price(*costs, 0.5 + 0.25 * scale, collectives)
+
+    of_layers = {
+        1: made(0, {"all-reduce": {"count": 3, "bytes": 8.0}}),
+        2: made(
+            1,
             {
                 "all-reduce": {"count": 4, "bytes": 10.0},
                 "all-gather": {"count": 1, "bytes": 2.0},
             },
         ),
     }
-    monkeypatch.setattr(compile_report, "price_of_layers", lambda c, m, t, layers: prices[layers])
+    monkeypatch.setattr(prices, "price_of_layers", lambda c, m, t, layers: of_layers[layers])
     config = make_config(
         model={"num_hidden_layers": 5}, training={"gradient_accumulation": 2, "batch_size": 8}
     )
-    found = compile_report.price(config, None, None)
-    assert found == compile_report.Price(
-        68.0,
-        6.0,
+    assert prices.price(config, None, None) == prices.Price(
+        (68.0, 2.0, 10.0),
+        (88.0, 4.0, 10.0),
+        (108.0, 6.0, 10.0),
         3.0,
         {"all-gather": {"count": 8, "bytes": 16.0}, "all-reduce": {"count": 14, "bytes": 32.0}},
     )
@@ -201,7 +211,7 @@ def test_microbatches_and_layers_are_counted_as_often_as_they_run(monkeypatch):
     ],
 )
 def test_the_compilers_figure_is_read(message, wanted):
-    assert compile_report.needed_bytes(message) == wanted
+    assert memory.needed_bytes(message) == wanted
 
 
 # ---- collectives and links ---------------------------------------------------------------------

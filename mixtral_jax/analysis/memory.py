@@ -1,0 +1,60 @@
+"""What a program needs in a chip's memory, from the compiler, whether it fits or not."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def memory_of(compile: Callable[[], jax.stages.Compiled], arguments: Any, limit: int) -> dict:
+    """`fits`, and `bytes_per_device` of a program as the compiler places it.
+
+    `output` leaves out what overwrites arguments. Of a program that does not fit, these are what
+    the compiler says that it would need.
+
+    Args:
+      compile: compiles it.
+      arguments: a tree of ShapeDtypeStructs with shardings.
+      limit: bytes of one device.
+    """
+    try:
+        memory = compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        held, wanted = bytes_of(arguments), needed_bytes(str(error))
+        # Of temporaries alone, or of the whole program: the compiler says one or the other.
+        temporaries = wanted if "temporaries" in str(error) else max(wanted - held, 0)
+        fits, parts = False, {"arguments": held, "temporaries": temporaries, "output": 0}
+    else:
+        fits = True
+        parts = {
+            "arguments": memory.argument_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "output": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        }
+    return {
+        "fits": fits,
+        "bytes_per_device": {**parts, "total": sum(parts.values()), "limit": limit},
+    }
+
+
+def needed_bytes(message: str) -> int:
+    """What a program needs, from the compiler's complaint that it does not fit; 0 if it is mute."""
+    found = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds", message)
+    found = found or re.search(r"Used ([\d.]+)([KMGT]?) of", message)
+    if not found:
+        return 0
+    return round(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1 if found[2] else 0))
+
+
+def bytes_of(abstract: Any) -> int:
+    """Bytes on one device of a tree of ShapeDtypeStructs with shardings."""
+    return sum(
+        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+        for a in jax.tree.leaves(abstract)
+    )
