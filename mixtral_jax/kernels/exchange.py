@@ -23,6 +23,7 @@ in one buffer, a start in another and a length.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -239,16 +240,34 @@ def _all_to_all(exchange: Exchange, rows_RD):
     return out.reshape(rows_RD.shape)
 
 
-def _ragged_all_to_all(exchange: Exchange, rows_RD, sizes_XX, num_rows: int):
-    """Send sizes_XX[me, d] consecutive rows to each d; they arrive in order of their sources."""
-    me = lax.axis_index(exchange.axis)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _ragged_all_to_all(axis: str, rows_RD, sizes_XX, num_rows: int):
+    """Send sizes_XX[me, d] consecutive rows to each d; they arrive in order of their sources.
+
+    Rows that nobody sends, of the result and of its gradient, are what was there before: no zeros
+    are written first, and whoever takes rows from here knows which are in use.
+    """
+    me = lax.axis_index(axis)
     send_X = lax.dynamic_index_in_dim(sizes_XX, me, axis=0, keepdims=False)
     receive_X = lax.dynamic_index_in_dim(sizes_XX, me, axis=1, keepdims=False)
     land_X = lax.dynamic_index_in_dim(_starts(sizes_XX, axis=0), me, axis=0, keepdims=False)
-    out_RD = vary_like(jnp.zeros((num_rows, rows_RD.shape[1]), rows_RD.dtype), rows_RD)
+    out_RD = vary_like(lax.empty((num_rows, rows_RD.shape[1]), rows_RD.dtype), rows_RD)
     return lax.ragged_all_to_all(
-        rows_RD, out_RD, _starts(send_X), send_X, land_X, receive_X, axis_name=exchange.axis
+        rows_RD, out_RD, _starts(send_X), send_X, land_X, receive_X, axis_name=axis
     )
+
+
+def _ragged_forward(axis, rows_RD, sizes_XX, num_rows):
+    out_RD = _ragged_all_to_all(axis, rows_RD, sizes_XX, num_rows)
+    return out_RD, (sizes_XX, rows_RD[:, :0])  # of the rows, their number
+
+
+def _ragged_backward(axis, _, residuals, g_RD):
+    sizes_XX, rows_R0 = residuals
+    return _ragged_all_to_all(axis, g_RD, sizes_XX.T, rows_R0.shape[0]), None
+
+
+_ragged_all_to_all.defvjp(_ragged_forward, _ragged_backward)
 
 
 def send(exchange: Exchange, plan: Plan, rows_SD: jax.Array) -> jax.Array:
@@ -261,7 +280,9 @@ def send(exchange: Exchange, plan: Plan, rows_SD: jax.Array) -> jax.Array:
     if exchange.implementation == "padded":
         received_RD = _all_to_all(exchange, rows_SD)
     else:
-        received_RD = _ragged_all_to_all(exchange, rows_SD, plan.sizes_XX, exchange.receive_rows)
+        received_RD = _ragged_all_to_all(
+            exchange.axis, rows_SD, plan.sizes_XX, exchange.receive_rows
+        )
     return take_rows(received_RD, plan.sort_index_R, plan.sort_inverse_R[None])
 
 
@@ -272,4 +293,4 @@ def send_back(exchange: Exchange, plan: Plan, rows_RD: jax.Array) -> jax.Array:
     unsorted_RD = take_rows(rows_RD, plan.sort_inverse_R, plan.sort_index_R[None])
     if exchange.implementation == "padded":
         return _all_to_all(exchange, unsorted_RD)
-    return _ragged_all_to_all(exchange, unsorted_RD, plan.sizes_XX.T, exchange.send_rows)
+    return _ragged_all_to_all(exchange.axis, unsorted_RD, plan.sizes_XX.T, exchange.send_rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -26,9 +28,8 @@ def experts(
       out_RD in the type of x.
     """
 
-    def product(x, w):
-        return grouped_matmul(x, w, group_sizes_E, implementation=implementation)
-
+    product = partial(grouped_matmul, group_sizes_E=group_sizes_E, implementation=implementation)
     gate_RF = checkpoint_name(product(x_RD, gate_EDF), "expert_gate")
     up_RF = checkpoint_name(product(x_RD, up_EDF), "expert_up")
-    return product(jax.nn.silu(gate_RF) * up_RF, down_EFD)
+    hidden_RF = jax.nn.silu(gate_RF) * up_RF
+    return product(hidden_RF, down_EFD.swapaxes(1, 2), transposed=True)

@@ -56,6 +56,7 @@ def grouped_matmul(
     w_EDF: jax.Array,
     group_sizes_E: jax.Array,
     *,
+    transposed: bool = False,
     implementation: str | None = None,
 ) -> jax.Array:
     """out[r] = x[r] @ w[expert of r], where the first group_sizes[0] rows belong to expert 0 etc.
@@ -67,13 +68,17 @@ def grouped_matmul(
       x_RD: rows, sorted by expert.
       w_EDF: one matrix per expert.
       group_sizes_E: int32 rows of each expert; zero is fine, and so is all of them.
+      transposed: the matrices are given as [E, F, D], which is how a TPU wants those whose F is
+        split over devices: neither they nor their gradient are copied into another layout.
       implementation: one of IMPLEMENTATIONS; None is the platform's best.
     Returns:
       out_RF in the type of x.
     """
     implementation = resolve(implementation, x_RD.shape[0], *w_EDF.shape[1:])
     if implementation == "megablox":
-        return megablox.grouped_matmul(x_RD, w_EDF, group_sizes_E)
+        return megablox.grouped_matmul(x_RD, w_EDF, group_sizes_E, transposed)
+    if transposed:
+        w_EDF = w_EDF.swapaxes(1, 2)
     x_RD, w_EDF = vary_like(x_RD, w_EDF), vary_like(w_EDF, x_RD)
     if implementation == "blocks":
         return blocks(x_RD, w_EDF, group_sizes_E)

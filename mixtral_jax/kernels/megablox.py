@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
@@ -29,6 +31,7 @@ def _tiles(rows: int, width: int, hidden: int) -> tuple[int, int, int]:
 
 
 def _rows_times_matrix(x_RD, w, group_sizes_E, transposed: bool):
+    """w is [E, D, F], or [E, F, D] if transposed."""
     rows, width = x_RD.shape
     hidden = w.shape[1 if transposed else 2]
     out_RF = gmm(
@@ -49,25 +52,32 @@ def _interpret() -> bool:
     return False
 
 
-@jax.custom_vjp
-def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    """As kernels.grouped_matmul; inside shard_map, its types must not be checked."""
-    return _rows_times_matrix(x_RD, w_EDF, group_sizes_E, transposed=False)
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(
+    x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, transposed: bool = False
+) -> jax.Array:
+    """As kernels.grouped_matmul; inside shard_map, its types must not be checked.
+
+    With `transposed` the matrices are given as [E, F, D], and so is their gradient.
+    """
+    return _rows_times_matrix(x_RD, w_EDF, group_sizes_E, transposed)
 
 
-def _forward(x_RD, w_EDF, group_sizes_E):
-    return grouped_matmul(x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E)
+def _forward(x_RD, w_EDF, group_sizes_E, transposed):
+    out_RF = grouped_matmul(x_RD, w_EDF, group_sizes_E, transposed)
+    return out_RF, (x_RD, w_EDF, group_sizes_E)
 
 
-def _backward(residuals, g_RF):
+def _backward(transposed, residuals, g_RF):
     x_RD, w_EDF, group_sizes_E = residuals
-    dx_RD = _rows_times_matrix(g_RF, w_EDF, group_sizes_E, transposed=True)
+    dx_RD = _rows_times_matrix(g_RF, w_EDF, group_sizes_E, not transposed)
+    left_R, right_R = (g_RF, x_RD) if transposed else (x_RD, g_RF)
     dw_EDF = tgmm(
-        x_RD.T,
-        g_RF,
+        left_R.T,
+        right_R,
         group_sizes_E,
         w_EDF.dtype,
-        _tiles(x_RD.shape[0], *w_EDF.shape[1:]),
+        _tiles(left_R.shape[0], left_R.shape[1], right_R.shape[1]),
         interpret=_interpret(),
     )
     return dx_RD, dw_EDF, None

@@ -22,6 +22,7 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels import exchange as exchanges
 from mixtral_jax.kernels import grouped_matmul
 from mixtral_jax.kernels.experts import experts as experts_of
+from mixtral_jax.kernels.gather import all_gather
 from mixtral_jax.model.layers import matrix
 from mixtral_jax.model.router import RoutingStatistics, local_statistics, route
 
@@ -78,11 +79,20 @@ def keep_rows(ids_TC: jax.Array, experts: int, capacity: int | None):
       within its expert, and the rows that chose and that keep each expert.
     """
     ids_A = ids_TC.T.reshape(-1)
-    order_A = jnp.argsort(ids_A, stable=True).astype(jnp.int32)
-    position_A = jnp.argsort(order_A).astype(jnp.int32)
-    chosen_E = (ids_A[:, None] == jnp.arange(experts)[None, :]).sum(axis=0, dtype=jnp.int32)
+    # Counting: a comparison sort takes XLA 16 s to compile for TPU. Padding sorts behind the last.
+    counted_A = jnp.arange(ids_A.size, dtype=jnp.int32)
+    chosen_EA = (ids_A[None] == jnp.arange(experts + 1)[:, None]).astype(jnp.int32)
+    rank_EA = jnp.cumsum(chosen_EA, axis=1) - chosen_EA
+    rank_A = (rank_EA * chosen_EA).sum(axis=0)
+    chosen_E = chosen_EA.sum(axis=1)
     starts_E = jnp.cumsum(chosen_E) - chosen_E
-    rank_A = position_A - starts_E.at[ids_A].get(mode="fill", fill_value=0)
+    position_A = (starts_E[:, None] * chosen_EA).sum(axis=0) + rank_A
+    order_A = (
+        jnp.zeros_like(ids_A)
+        .at[position_A]
+        .set(counted_A, unique_indices=True, mode="promise_in_bounds")
+    )
+    chosen_E = chosen_E[:experts]
     kept_E = chosen_E if capacity is None else jnp.minimum(chosen_E, capacity)
     return order_A, rank_A.reshape(ids_TC.T.shape), chosen_E, kept_E
 
@@ -170,8 +180,8 @@ def _sparse_experts(
         received_RD = exchanges.send(exchange, plan, sent_RD)
 
     with jax.named_scope("experts"):  # 4. SwiGLU over the experts that live here
-        gate_eDf, up_eDf = (_gather(w, 1) for w in (gate_edf, up_edf))
-        down_efD = _gather(down_efd, 2)
+        gate_eDf, up_eDf = (all_gather(w, sharding.FSDP, 1) for w in (gate_edf, up_edf))
+        down_efD = all_gather(down_efd, sharding.FSDP, 2)
         matrices = (gate_eDf, up_eDf, down_efD)
         done_RD = experts_of(received_RD, *matrices, plan.group_sizes_e, implementation=grouped)
 
@@ -186,10 +196,3 @@ def _sparse_experts(
         out_TD = jnp.einsum("TC,CTD->TD", routing.weights_TC.astype(x_TD.dtype), parts_CTD)
         out_TD = lax.psum(out_TD, sharding.TENSOR)
     return out_TD.reshape(x_BLD.shape), statistics
-
-
-def _gather(w, axis: int):
-    """An expert matrix whole in its model dimension, which is split over fsdp."""
-    if lax.axis_size(sharding.FSDP) == 1:
-        return w  # XLA:CPU would copy it
-    return lax.all_gather(w, sharding.FSDP, axis=axis, tiled=True)

@@ -179,6 +179,15 @@ def test_operands_shared_between_devices(mesh, monkeypatch, implementation, row_
     oracle.close(actual, (out, dx, dw), rel=1e-6)
 
 
+@pytest.mark.parametrize("implementation", ANYWHERE)
+def test_transposed_matrices(implementation):
+    sizes = jnp.array([5, 0, 4], jnp.int32)
+    x_RD, w_EDF, _ = operands(9, 3)
+    product = functools.partial(grouped_matmul, implementation=implementation)
+    actual = product(x_RD, w_EDF.swapaxes(1, 2), sizes, transposed=True)
+    oracle.close(actual, product(x_RD, w_EDF, sizes), rel=1e-6)
+
+
 def test_bfloat16_sums_in_float32():
     """The gradient of a matrix sums many blocks: in bfloat16, adding fours stalls at 1024."""
     rows = 1500

@@ -1,5 +1,7 @@
 """JAX's megablox kernels, in interpret mode, against the oracle."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,14 +20,19 @@ SIZES = {
 }
 
 
-@jax.jit
-def run(x_RD, w_EDF, sizes_E, g_RF):
-    out, pull = jax.vjp(lambda x, w: megablox.grouped_matmul(x, w, sizes_E), x_RD, w_EDF)
-    return out, *pull(g_RF)
+@functools.partial(jax.jit, static_argnums=4)
+def run(x_RD, w_EDF, sizes_E, g_RF, transposed):
+    def product(x_RD, w):
+        return megablox.grouped_matmul(x_RD, w, sizes_E, transposed)
+
+    out, pull = jax.vjp(product, x_RD, w_EDF.swapaxes(1, 2) if transposed else w_EDF)
+    dx, dw = pull(g_RF)
+    return out, dx, dw.swapaxes(1, 2) if transposed else dw
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_values_and_gradients(monkeypatch, sizes):
+def test_values_and_gradients(monkeypatch, sizes, transposed):
     """Rows past the last group are not read; they come out as zeros, and so does their gradient."""
     monkeypatch.setattr(megablox, "_interpret", lambda: True)
     monkeypatch.setattr(megablox, "ROW_TILE", 128)
@@ -42,7 +49,7 @@ def test_values_and_gradients(monkeypatch, sizes):
         dx[rows] = g_RF[rows] @ w_EDF[expert].T
         dw[expert] = x_RD[rows].T @ g_RF[rows]
         first += size
-    actual = run(x_RD, w_EDF, jnp.asarray(sizes, jnp.int32), g_RF)
+    actual = run(x_RD, w_EDF, jnp.asarray(sizes, jnp.int32), g_RF, transposed)
     oracle.close(actual, (out, dx, dw), rel=2e-6)
 
 
