@@ -23,7 +23,7 @@ _CALL = re.compile(
 )
 _COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
 _SHAPE = re.compile(r"\b[a-z]+\d+\[([\d,]*)\]")
-_GROUPED = ("gmm", "tgmm", "ragged-dot")
+_GROUPED = re.compile(r"(^|_)t?gmm(_|$)|^ragged-dot")  # jvp_jit_gmm__ outside a loop
 _ATTENTION = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
 
 
@@ -69,7 +69,7 @@ def surplus(calls: list[CustomCall], share: float, chip: Chip) -> Cost:
     takes longer, at the compiler's own rates. The gradient of the matrices by ragged_dot is no
     kernel, and does work on every row.
     """
-    grouped = [call for call in calls if call.name.startswith(_GROUPED)]
+    grouped = [call for call in calls if _GROUPED.search(call.name)]
     seconds = sum(
         max(call.flops / chip.priced_flops, call.bytes / chip.priced_bytes) for call in grouped
     )
@@ -82,7 +82,7 @@ def unpriced(calls: list[CustomCall], peak_flops: float) -> Cost:
     kinds = [
         (match[1], call)
         for call in calls
-        if not call.flops and (match := _ATTENTION.match(call.name))
+        if not call.flops and (match := _ATTENTION.search(call.name))
     ]
     fused = all(kind != "dq" for kind, _ in kinds)
     flops = sum(attention_flops(kind, call, fused) for kind, call in kinds)

@@ -67,7 +67,7 @@ def test_the_surplus_is_what_the_compiler_asks_for_more_rows(target, optimized):
 
 PROGRAM = """
   %gmm.10 = bf16[40,384]{1,0:T(8,128)} custom-call(%a, /*index=5*/%x, %w), custom_call_target="tpu_custom_call", operand_layout_constraints={s32[], s32[5]{0}, bf16[40,256]{1,0}, bf16[4,256,384]{2,1,0}}, frontend_attributes={kernel_metadata={}}, backend_config={"custom_call_config":{"body":"bf16[7]","cost_estimate":{"flops":"800","transcendentals":"0","bytes_accessed":"90","remote_bytes_transferred":"0"}}}
-  ROOT %tgmm = bf16[4,384,256]{2,1,0} custom-call(%x), custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[40,384]{1,0}}, backend_config={"cost_estimate":{"flops":"600","transcendentals":"0","bytes_accessed":"900"}}
+  ROOT %transpose_jvp_jit_tgmm___.6 = bf16[4,384,256]{2,1,0} custom-call(%x), custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[40,384]{1,0}}, backend_config={"cost_estimate":{"flops":"600","transcendentals":"0","bytes_accessed":"900"}}
   %other.1 = f32[3]{0} custom-call(%x), custom_call_target="tpu_custom_call", operand_layout_constraints={f32[3]{0}}, backend_config={"cost_estimate":{"flops":"77","transcendentals":"0","bytes_accessed":"9"}}
   %splash_mha_fwd_segmented_residuals.3 = (f32[2,512,128]{2,1,0}, bf16[2,4,512,128]{3,2,1,0}) custom-call(%c, %d, %q), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,4,4]{2,1,0}, s8[1,4,4]{2,1,0}, bf16[2,3,512,128]{3,2,1,0}, bf16[2,1,512,128]{3,2,1,0}}, frontend_attributes={kernel_metadata={
   %custom-call.5 = u32[4]{0:T(128)} custom-call(), custom_call_target="AllocateBuffer", backend_config={}
@@ -78,7 +78,7 @@ def test_calls_are_read_from_a_program():
     calls = custom_calls.read_calls(PROGRAM)
     assert [(c.name, c.flops, c.bytes) for c in calls] == [
         ("gmm", 800, 90),
-        ("tgmm", 600, 900),
+        ("transpose_jvp_jit_tgmm___", 600, 900),
         ("other", 77, 9),
         ("splash_mha_fwd_segmented_residuals", 0, 0),
     ]
