@@ -29,7 +29,8 @@ def experts(
     """
 
     product = partial(grouped_matmul, group_sizes_E=group_sizes_E, implementation=implementation)
-    gate_RF = checkpoint_name(product(x_RD, gate_EDF), "expert_gate")
-    up_RF = checkpoint_name(product(x_RD, up_EDF), "expert_up")
+    # Rows past the last group only lead to rows past the last group.
+    gate_RF = checkpoint_name(product(x_RD, gate_EDF, zeros=False), "expert_gate")
+    up_RF = checkpoint_name(product(x_RD, up_EDF, zeros=False), "expert_up")
     hidden_RF = jax.nn.silu(gate_RF) * up_RF
     return product(hidden_RF, down_EFD.swapaxes(1, 2), transposed=True)

@@ -57,12 +57,13 @@ def grouped_matmul(
     group_sizes_E: jax.Array,
     *,
     transposed: bool = False,
+    zeros: bool = True,
     implementation: str | None = None,
 ) -> jax.Array:
     """out[r] = x[r] @ w[expert of r], where the first group_sizes[0] rows belong to expert 0 etc.
 
-    Rows past sum(group_sizes) come out as zeros and receive zero gradient. Differentiable in x
-    and w.
+    Rows past sum(group_sizes) are not read, come out as zeros and receive zero gradient.
+    Differentiable in x and w.
 
     Args:
       x_RD: rows, sorted by expert.
@@ -70,13 +71,14 @@ def grouped_matmul(
       group_sizes_E: int32 rows of each expert; zero is fine, and so is all of them.
       transposed: the matrices are given as [E, F, D], which is how a TPU wants those whose F is
         split over devices: neither they nor their gradient are copied into another layout.
+      zeros: false if rows past the last group may come out as anything; megablox saves a pass.
       implementation: one of IMPLEMENTATIONS; None is the platform's best.
     Returns:
       out_RF in the type of x.
     """
     implementation = resolve(implementation, x_RD.shape[0], *w_EDF.shape[1:])
     if implementation == "megablox":
-        return megablox.grouped_matmul(x_RD, w_EDF, group_sizes_E, transposed)
+        return megablox.grouped_matmul(x_RD, w_EDF, group_sizes_E, transposed, zeros)
     if transposed:
         w_EDF = w_EDF.swapaxes(1, 2)
     x_RD, w_EDF = vary_like(x_RD, w_EDF), vary_like(w_EDF, x_RD)

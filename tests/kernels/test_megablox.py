@@ -8,7 +8,8 @@ import numpy as np
 import oracle
 import pytest
 
-from mixtral_jax.kernels import megablox
+from mixtral_jax.kernels import grouped_matmul, megablox
+from mixtral_jax.kernels.experts import experts
 from mixtral_jax.kernels.grouped_matmul import resolve
 
 ROWS, D, F = 384, 128, 256
@@ -51,6 +52,28 @@ def test_values_and_gradients(monkeypatch, sizes, transposed):
         first += size
     actual = run(x_RD, w_EDF, jnp.asarray(sizes, jnp.int32), g_RF, transposed)
     oracle.close(actual, (out, dx, dw), rel=2e-6)
+
+
+def test_what_rows_past_the_last_group_come_out_as_goes_nowhere(monkeypatch):
+    """SwiGLU makes use of that: neither its result nor any gradient shows it."""
+    monkeypatch.setattr(megablox, "_interpret", lambda: True)
+    monkeypatch.setattr(grouped_matmul, "platform", lambda: "tpu")
+    rng, sizes = np.random.default_rng(0), jnp.array([100, 0, 128], jnp.int32)
+    shapes = (ROWS, D), (3, D, F), (3, D, F), (3, F, D), (ROWS, D)
+    *operands, g_RD = (0.1 * rng.normal(size=shape).astype(np.float32) for shape in shapes)
+
+    def run(implementation):
+        @jax.jit
+        def both(*operands):
+            swiglu = functools.partial(experts, implementation=implementation)
+            out, pull = jax.vjp(lambda *args: swiglu(*args, sizes), *operands)
+            return out, *pull(g_RD)
+
+        return both(*operands)
+
+    left = megablox.grouped_matmul(*operands[:2], sizes, False, False)
+    assert jnp.isnan(left[228:]).all(), "interpreted, what is never written is not a number"
+    oracle.close(run("megablox"), run("ragged_dot"), rel=2e-6)
 
 
 def test_tiles_divide_what_they_cut():
