@@ -1,14 +1,17 @@
 """Rows sorted by expert, times that expert's matrix.
 
-Three bodies with one meaning:
+Bodies with one meaning:
   megablox    JAX's Pallas kernels for TPU, whose work is in proportion to the rows in use, that of
               the matrices' gradient included (of ragged_dot's the compiler makes every expert over
               every row).
   ragged_dot  jax.lax.ragged_dot: TPU and GPU kernels; on CPU it runs every expert on every row.
+  tokamax     the Pallas kernels for GPU of the package tokamax, where that is installed.
   blocks      a loop over each expert's rows in blocks, for CPU.
 """
 
 from __future__ import annotations
+
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +20,20 @@ from jax import lax
 from mixtral_jax.kernels import megablox, platform, vary_like
 from mixtral_jax.kernels.blocks import blocks
 
-IMPLEMENTATIONS = ("megablox", "ragged_dot", "blocks")
+IMPLEMENTATIONS = ("megablox", "ragged_dot", "tokamax", "blocks")
 PLATFORMS = {
     "megablox": ("tpu",),
     "ragged_dot": ("cpu", "gpu", "tpu"),
+    "tokamax": ("gpu",),
     "blocks": ("cpu", "gpu", "tpu"),
 }
+PALLAS = ("megablox", "tokamax")
+"""Kernels that do not say what they vary over: inside shard_map, its types must not be checked."""
+
+
+def installed(implementation: str) -> bool:
+    """Whether the package that a body comes from is there."""
+    return implementation != "tokamax" or importlib.util.find_spec("tokamax") is not None
 
 
 def resolve(implementation: str | None, rows: int, width: int, hidden: int) -> str:
@@ -42,6 +53,11 @@ def resolve(implementation: str | None, rows: int, width: int, hidden: int) -> s
         raise ValueError(
             f"grouped_matmul={implementation} does not run on {here} (only on "
             f"{' and '.join(PLATFORMS[implementation])}): use ragged_dot, or leave it empty"
+        )
+    if not installed(implementation):
+        raise ValueError(
+            f"grouped_matmul={implementation} wants a package that is not installed: "
+            f"pip install {implementation}, or use ragged_dot, or leave it empty"
         )
     if implementation == "megablox" and not aligned:
         raise ValueError(
@@ -84,6 +100,11 @@ def grouped_matmul(
     x_RD, w_EDF = vary_like(x_RD, w_EDF), vary_like(w_EDF, x_RD)
     if implementation == "blocks":
         return blocks(x_RD, w_EDF, group_sizes_E)
-    out_RF = lax.ragged_dot(x_RD, w_EDF, group_sizes_E, preferred_element_type=x_RD.dtype)
+    ragged_dot = lax.ragged_dot
+    if implementation == "tokamax":
+        import tokamax
+
+        ragged_dot = tokamax.ragged_dot
+    out_RF = ragged_dot(x_RD, w_EDF, group_sizes_E, preferred_element_type=x_RD.dtype)
     in_use_R = jnp.arange(x_RD.shape[0]) < group_sizes_E.sum()
     return jnp.where(in_use_R[:, None], out_RF, 0)

@@ -148,7 +148,7 @@ class MoE(nnx.Module):
             partial(_sparse_experts, config=self.config, exchange=exchange, grouped=grouped),
             in_specs=(batch, batch, sharding.spec(None, None), into, into, out_of),
             out_specs=(batch, sharding.spec()),
-            check_vma=grouped != "megablox",  # Pallas kernels do not say what they vary over
+            check_vma=grouped not in grouped_matmul.PALLAS,
         )
         router_DE = sharding.shard(self.router_DE[...], None, None)
         return body(x_BLD, real_BL, router_DE, *weights)

@@ -1,4 +1,6 @@
 import functools
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +188,37 @@ def test_transposed_matrices(implementation):
     product = functools.partial(grouped_matmul, implementation=implementation)
     actual = product(x_RD, w_EDF.swapaxes(1, 2), sizes, transposed=True)
     oracle.close(actual, product(x_RD, w_EDF, sizes), rel=1e-6)
+
+
+@pytest.fixture
+def gpu_with_tokamax(monkeypatch):
+    """The platform is gpu, and the package tokamax is there: ragged_dot, but careless."""
+
+    def careless(x_RD, w_EDF, sizes_E, **options):
+        out_RF = jax.lax.ragged_dot(x_RD, w_EDF, sizes_E, **options)
+        return jnp.where(jnp.arange(len(x_RD))[:, None] < sizes_E.sum(), out_RF, 7.0)
+
+    monkeypatch.setattr(module, "platform", lambda: "gpu")
+    monkeypatch.setattr(module, "installed", lambda name: True)
+    monkeypatch.setitem(sys.modules, "tokamax", types.SimpleNamespace(ragged_dot=careless))
+
+
+def test_tokamax(gpu_with_tokamax):
+    """Rows that are not in use are zeros whatever its kernels leave there."""
+    x_RD, w_EDF, g_RF = operands(9, 3)
+    actual = compiled.__wrapped__("tokamax", 128)(x_RD, w_EDF, [4, 0, 3], g_RF)
+    oracle.close(actual, expected(x_RD, w_EDF, [4, 0, 3], g_RF), rel=1e-6)
+
+
+def test_tokamax_is_asked_for_by_name(monkeypatch):
+    monkeypatch.setattr(module, "platform", lambda: "gpu")
+    monkeypatch.setattr(module, "installed", lambda name: name != "tokamax")
+    assert module.resolve("", 9, 7, 5) == "ragged_dot"
+    with pytest.raises(ValueError, match=r"^grouped_matmul=tokamax .*pip install tokamax.*$"):
+        module.resolve("tokamax", 9, 7, 5)
+    monkeypatch.setattr(module, "installed", lambda name: True)
+    assert module.resolve("tokamax", 9, 7, 5) == "tokamax"
+    assert module.resolve("", 9, 7, 5) == "ragged_dot"
 
 
 def test_bfloat16_sums_in_float32():

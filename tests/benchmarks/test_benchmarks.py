@@ -1,0 +1,183 @@
+"""Each benchmark runs on tiny sizes and prints lines that the tables are made of."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+
+import pytest
+
+from mixtral_jax import sharding
+from mixtral_jax.config import InputError
+
+FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
+ABOUT = {"benchmark", "machine", "versions", "date"}
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a benchmark's main in this process, whose devices have started; gives its lines."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(sharding, "start", lambda mesh: None)
+    import measure
+
+    monkeypatch.setattr(measure, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "READ_BYTES", {"cpu": 2**16})
+    monkeypatch.setattr(measure, "PRODUCT_SIZE", {"cpu": 64})
+
+    def run(name, *arguments):
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.main(list(arguments))
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert lines
+        for line in lines:
+            assert line.keys() >= ABOUT
+            assert line["seconds"] > 0
+            if "limit_seconds" in line:
+                share = line["limit_seconds"] / line["seconds"]
+                assert line["of_limit"] == pytest.approx(share, rel=2e-3)
+        return lines
+
+    return run
+
+
+def test_grouped_matmul(command):
+    sizes = ("--rows", "21", "--width", "5", "--hidden", "7", "--experts", "3")
+    lines = command("grouped_matmul", *sizes, "--turns", "2")
+    found = {(line["body"], line["pass"]) for line in lines}
+    passes = ("forward", "gradients")
+    assert found == {(b, p) for b in ("ragged_dot", "blocks") for p in passes}
+    for line in lines:
+        work = 2 * 21 * 5 * 7 * (3 if line["pass"] == "gradients" else 1)
+        expected = work / line["seconds"] / 1e9
+        assert line["gigaflops_per_second"] == pytest.approx(expected, rel=2e-3)
+
+
+def test_exchange_sends_what_the_law_says(command):
+    sizes = ("--tokens", "6", "10", "--experts", "8", "--per-token", "3", "--width", "4")
+    lines = command("exchange", *sizes, "--shards", "1", "4", "--turns", "2")
+    assert [(line["body"], line["tokens"], line["shards"]) for line in lines] == [
+        ("local", 6, 1),
+        ("padded", 6, 4),
+        ("local", 10, 1),
+        ("padded", 10, 4),
+    ]
+    for line in lines:
+        rows = {"local": 0, "padded": 2 * 3 * line["tokens"] * 2}[line["body"]]
+        assert line["sent_bytes"] == line["expected_bytes"] == rows * 4 * 4
+
+
+def test_the_law_of_the_ragged_exchange(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from exchange import expected_rows
+
+    assert expected_rows("ragged", 10, 64, 2, 5) == 2 * 10 * 2 * 4 / 5
+    assert expected_rows("ragged", 10, 64, 2, 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("exchange", ["--shards", "3"], ["--shards 3", "--experts 8"]),
+        ("exchange", ["--per-token", "9"], ["--per-token 9", "--experts 8"]),
+        ("exchange", ["--tokens", "0"], ["--tokens", "'0'", "above 0"]),
+        ("grouped_matmul", ["--only", "magic"], ["--only 'magic'", "blocks"]),
+        ("grouped_matmul", ["--dtype", "int8"], ["--dtype", "int8", "float32"]),
+    ],
+)
+def test_bad_flags_are_one_line(command, name, arguments, words):
+    with pytest.raises(InputError, match=r"^.+$") as error:
+        command(name, *arguments)
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_a_mistake_ends_the_process_with_one_line(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import measure
+
+    def main():
+        raise InputError("--shards 3 is wrong")
+
+    with pytest.raises(SystemExit) as ended:
+        measure.run(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: --shards 3 is wrong\n"
+
+
+def test_a_median_of_turns(monkeypatch):
+    """Each is warmed up once, timed once for its repeats, and then all take turns."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import measure
+
+    monkeypatch.setattr(measure, "LEAST_SECONDS", 0.0)
+    called, clock = [], iter(range(10**6))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    works = {name: lambda name=name: called.append(name) for name in ("a", "b")}
+    assert measure.take_turns(works, 3) == {"a": 1, "b": 1}
+    assert called == ["a", "a", "b", "b", *["a", "b"] * 3]
+
+
+# ---- tables ------------------------------------------------------------------------------------
+
+
+def table_of(monkeypatch, text):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import table
+
+    return table.tables(table.read(text.splitlines()))
+
+
+def test_a_table(monkeypatch):
+    about = {"machine": "2 cores", "versions": "jax 1", "date": "2026-11-25"}
+    lines = [
+        {"benchmark": "x", "body": "a", "rows": 7, "seconds": 0.0125, "of_limit": 0.5, **about},
+        {
+            "benchmark": "x",
+            "body": "b",
+            "rows": 7,
+            "seconds": 2.5,
+            "sent_bytes": 3_000_000,
+            **about,
+        },
+        {"benchmark": "y", "parameters": 123456, **about},
+    ]
+    actual = table_of(monkeypatch, "\n".join(map(json.dumps, lines)))
+    assert actual == (
+        "**x**: 2 cores; jax 1; 2026-11-25\n"
+        "rows 7\n\n"
+        "| body | seconds | of limit | sent bytes |\n"
+        "| --- | --- | --- | --- |\n"
+        "| a | 12.5 ms | 50.0% |  |\n"
+        "| b | 2.5 s |  | 3 MB |\n\n"
+        "**y**: 2 cores; jax 1; 2026-11-25\n\n"
+        "| parameters |\n"
+        "| --- |\n"
+        "| 123,456 |"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["no lines"]),
+        ('{"benchmark": "x"}', ["line 1"]),
+        ("hello\n", ["line 1", "hello"]),
+        ("[1]", ["line 1"]),
+    ],
+)
+def test_what_is_no_line_of_a_benchmark_is_named(monkeypatch, text, words):
+    with pytest.raises(InputError) as error:
+        table_of(monkeypatch, text)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_importing_measure_starts_no_jax():
+    """Commands say what is wrong with their flags before they load JAX."""
+    import subprocess
+
+    code = f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import measure, table"
+    code += "; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=FOLDER).returncode == 0
