@@ -1,5 +1,5 @@
 """What runs on accelerators alone, on CPU: a stand-in for jax.lax.ragged_all_to_all, which XLA:CPU
-lacks, and Pallas kernels in interpret mode."""
+lacks, Pallas kernels in interpret mode, and cuDNN's attention as XLA's."""
 
 import contextlib
 import functools
@@ -8,7 +8,7 @@ from unittest import mock
 import jax.numpy as jnp
 from jax import lax
 
-from mixtral_jax.kernels import attention, exchange, grouped_matmul, megablox, splash
+from mixtral_jax.kernels import attention, cudnn, exchange, grouped_matmul, megablox, splash
 
 
 def ragged_all_to_all(
@@ -63,5 +63,18 @@ def tpu_kernels_on_cpu():
         mock.patch.object(grouped_matmul, "platform", return_value="tpu"),
         mock.patch.object(splash, "attention", interpreted),
         mock.patch.object(megablox, "_interpret", return_value=True),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def cudnn_on_cpu():
+    """Trace here, and attention is cuDNN's call, in any type, given to XLA."""
+    anywhere = functools.partial(cudnn.attention, implementation="xla")
+    with (
+        mock.patch.object(attention, "platform", return_value="gpu"),
+        mock.patch.object(cudnn, "installed", return_value=True),
+        mock.patch.object(cudnn, "fits", return_value=True),
+        mock.patch.object(cudnn, "attention", anywhere),
     ):
         yield

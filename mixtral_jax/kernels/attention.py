@@ -3,6 +3,7 @@
 Bodies of `self_attention`, which training and prompts want:
   xla     scores as an array; any platform, any shape, any positions.
   splash  JAX's splash attention for TPU: nothing of size L x L is ever held.
+  cudnn   cuDNN's for NVIDIA GPUs: scores are never held, a mask of L x L is.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mixtral_jax.kernels import platform, splash
+from mixtral_jax.kernels import cudnn, platform, splash
 
-IMPLEMENTATIONS = ("xla", "splash")
-PLATFORMS = {"xla": ("cpu", "gpu", "tpu"), "splash": ("tpu",)}
+IMPLEMENTATIONS = ("xla", "splash", "cudnn")
+PLATFORMS = {"xla": ("cpu", "gpu", "tpu"), "splash": ("tpu",), "cudnn": ("gpu",)}
 MASKED = -1e30  # finite, so that a query that may see nothing still has a finite gradient
 
 
@@ -41,15 +42,18 @@ def attention(
     return jnp.einsum("BKGLS,BSKH->BLKGH", weights_BKGLS, v_BSKH)
 
 
-def resolve(implementation: str | None, length: int, head: int) -> str:
-    """The body for sequences of this length and heads of this width: that asked for, or the best.
+def resolve(implementation: str | None, length: int, head: int, dtype: jnp.dtype) -> str:
+    """The body for sequences of this length, and heads of this width and type: asked for, or best.
 
     Raises:
-      ValueError: if the one asked for cannot run on this platform, or on these shapes.
+      ValueError: if the one asked for cannot run on this platform, or on these arrays.
     """
-    here, aligned = platform(), splash.fits(length, head)
+    here = platform()
     if not implementation:
-        return "splash" if here == "tpu" and aligned else "xla"
+        if here == "tpu" and splash.fits(length, head):
+            return "splash"
+        good = here == "gpu" and cudnn.fits(length, head, dtype) and cudnn.installed()
+        return "cudnn" if good else "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention={implementation!r} is not one of {IMPLEMENTATIONS}")
     if here not in PLATFORMS[implementation]:
@@ -57,10 +61,16 @@ def resolve(implementation: str | None, length: int, head: int) -> str:
             f"attention={implementation} does not run on {here} (only on "
             f"{' and '.join(PLATFORMS[implementation])}): use xla, or leave it empty"
         )
-    if implementation == "splash" and not aligned:
+    if implementation == "splash" and not splash.fits(length, head):
         raise ValueError(
             f"attention=splash wants a sequence_length and a head_dim that are multiples of "
             f"{splash.LANES}, not {length} and {head}: use xla, or leave it empty"
+        )
+    if implementation == "cudnn" and not cudnn.fits(length, head, dtype):
+        raise ValueError(
+            f"attention=cudnn wants an even sequence_length, a head_dim of 8, 16, ... "
+            f"{cudnn.WIDEST_HEAD} and a compute_dtype of bfloat16, not {length}, {head} and "
+            f"{jnp.dtype(dtype)}: use xla, or leave it empty"
         )
     return implementation
 
@@ -86,6 +96,8 @@ def self_attention(
     """
     if implementation == "splash":
         return splash.attention(q_BLKGH, k_BLKH, v_BLKH, segments_BL)
+    if implementation == "cudnn":
+        return cudnn.attention(q_BLKGH, k_BLKH, v_BLKH, segments_BL)
     allowed_BLS = causal_mask(positions_BL, positions_BL, segments_BL, segments_BL)
     return attention(q_BLKGH, k_BLKH, v_BLKH, allowed_BLS)
 

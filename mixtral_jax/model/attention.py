@@ -75,7 +75,7 @@ class Attention(nnx.Module):
     def _within(self, q_BLKGH, k_BLKH, v_BLKH, positions_BL, segments_BL):
         """Attention of the sequences to themselves; kernels see what lies on one device."""
         length, head = q_BLKGH.shape[1], q_BLKGH.shape[-1]
-        name = kernels.resolve(self.config.attention, length, head)
+        name = kernels.resolve(self.config.attention, length, head, q_BLKGH.dtype)
         body = partial(kernels.self_attention, implementation=name)
         if name != "xla":
             batch, heads = sharding.spec("batch"), sharding.spec("batch", None, "heads")

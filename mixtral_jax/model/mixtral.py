@@ -11,7 +11,7 @@ from flax import nnx
 
 from mixtral_jax import sharding
 from mixtral_jax.config import InputError, ModelConfig
-from mixtral_jax.kernels import platform, splash
+from mixtral_jax.kernels import cudnn, platform, splash
 from mixtral_jax.kernels.attention import resolve
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.cache import LayerCache
@@ -21,14 +21,21 @@ from mixtral_jax.model.router import RoutingStatistics
 
 _policies = jax.checkpoint_policies
 _keep = _policies.save_only_these_names
-_attention = ("attention_qkv", splash.KEPT, "attention_out", "routing")
+
+
+def _keep_attention(*names: str):
+    """A policy that keeps these, the routing, and what the backward pass of attention wants."""
+    attention = ("attention_qkv", splash.KEPT, "attention_out", "routing")
+    return _policies.save_from_both_policies(_keep(*attention, *names), cudnn.kept)
+
+
 REMAT = {
     "full": _policies.nothing_saveable,
     "attention_out": _keep("attention_out"),
-    "no_experts": _keep(*_attention),
-    "no_up": _keep(*_attention, "expert_gate"),
-    "no_down": _keep(*_attention, "expert_gate", "expert_up"),
-    "matmuls": _keep(*_attention, "expert_gate", "expert_up", "expert_out"),
+    "no_experts": _keep_attention(),
+    "no_up": _keep_attention("expert_gate"),
+    "no_down": _keep_attention("expert_gate", "expert_up"),
+    "matmuls": _keep_attention("expert_gate", "expert_up", "expert_out"),
 }
 
 
@@ -201,7 +208,7 @@ def chosen_kernels(config: ModelConfig, batch: int, length: int) -> dict[str, st
         return {
             "exchange": exchange.implementation,
             "grouped_matmul": grouped_matmul_of(config, exchange),
-            "attention": resolve(config.attention, length, config.head_size),
+            "attention": resolve(config.attention, length, config.head_size, compute_dtype(config)),
         }
     except ValueError as error:
         raise InputError(f"model.{error}") from None

@@ -53,7 +53,7 @@ def test_values_and_gradients_of_packed_documents(length):
 )
 def test_the_best_body_of_each_platform_and_shape(monkeypatch, platform, asked, length, head, body):
     monkeypatch.setattr("mixtral_jax.kernels.attention.platform", lambda: platform)
-    assert resolve(asked, length, head) == body
+    assert resolve(asked, length, head, "float32") == body
 
 
 @pytest.mark.parametrize(
@@ -67,5 +67,5 @@ def test_the_best_body_of_each_platform_and_shape(monkeypatch, platform, asked, 
 def test_a_body_that_cannot_run_is_refused_in_one_line(monkeypatch, platform, asked, length, words):
     monkeypatch.setattr("mixtral_jax.kernels.attention.platform", lambda: platform)
     with pytest.raises(ValueError, match=r"^.+$") as error:
-        resolve(asked, length, 128)
+        resolve(asked, length, 128, "float32")
     assert all(word in str(error.value) for word in words), error.value

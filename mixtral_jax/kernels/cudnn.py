@@ -1,0 +1,65 @@
+"""Causal attention within segments by cuDNN's fused kernels for NVIDIA GPUs, through jax.nn.
+
+Scores are never held, and blocks above the diagonal are skipped. Of segments cuDNN learns by a mask
+[B, 1, L, L] in the type of q, shared by all heads and layers: 2 L^2 bytes a sequence, which every
+head reads, and whose gradient the backward pass makes, for nobody. Its packed layout reads no mask,
+but wants a bound on the documents in a row, keeps a float32 for each query, head and possible
+document, and JAX has no public name for it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+
+WIDEST_HEAD = 128
+FORWARD = "dot_product_attention_fwd"
+"""How the name of the kernel's primitive begins."""
+
+
+def fits(length: int, head: int, dtype: jnp.dtype) -> bool:
+    """Whether the kernels take sequences of this length, and heads of this width and type."""
+    narrow = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    return narrow and length % 2 == 0 and head % 8 == 0 and head <= WIDEST_HEAD
+
+
+def installed() -> bool:
+    """Whether JAX has what it needs for NVIDIA's GPUs."""
+    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+
+
+def attention(
+    q_BLKGH: jax.Array,
+    k_BLKH: jax.Array,
+    v_BLKH: jax.Array,
+    segments_BL: jax.Array,
+    *,
+    implementation: str = "cudnn",
+) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v over the keys at or before each query, in its segment.
+
+    Arrays of one device: call it inside shard_map, whose types are not checked.
+
+    Args:
+      implementation: jax.nn's: cudnn, or xla for the same call anywhere.
+    Returns:
+      out_BLKGH in the type of q.
+    """
+    batch, length, kv_heads, groups, head = q_BLKGH.shape
+    same_B1LS = (segments_BL[:, :, None] == segments_BL[:, None, :])[:, None]
+    out_BLNH = jax.nn.dot_product_attention(
+        q_BLKGH.reshape(batch, length, kv_heads * groups, head),
+        k_BLKH,
+        v_BLKH,
+        mask=same_B1LS,
+        is_causal=True,
+        implementation=implementation,
+    )
+    return out_BLNH.reshape(q_BLKGH.shape)
+
+
+def kept(primitive, *_, **__) -> bool:
+    """A checkpoint policy: what the backward pass wants of the kernel, its outputs."""
+    return primitive.name.startswith(FORWARD)
