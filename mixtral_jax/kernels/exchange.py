@@ -81,6 +81,22 @@ def segment_map(to_starts_P, from_starts_P, sizes_P, num_rows: int, missing: int
     return jnp.where(inside_RP.any(axis=1), rows_R1[:, 0] + shift_R, missing).astype(jnp.int32)
 
 
+LANES = 128
+
+
+def _rows_at(x_SD, index):
+    """x[index], zeros where index is S; index of any shape.
+
+    A TPU keeps [S, D] in tiles of several rows, of which a gather reads all for each row that it
+    takes; of [S, D / 128, 128] every row has tiles of its own, though making that is a copy.
+    """
+    width = x_SD.shape[1]
+    tiled = platform() == "tpu" and width % LANES == 0
+    rows = x_SD.reshape(-1, width // LANES, LANES) if tiled else x_SD
+    taken = rows.at[index].get(mode="fill", fill_value=0)
+    return taken.reshape(*index.shape, width)
+
+
 @jax.custom_vjp
 def take_rows(x_SD: jax.Array, index_R: jax.Array, inverse_CS: jax.Array) -> jax.Array:
     """out[r] = x[index[r]], or zeros where index[r] is S.
@@ -88,7 +104,7 @@ def take_rows(x_SD: jax.Array, index_R: jax.Array, inverse_CS: jax.Array) -> jax
     The gradient is a gather too, never a scatter: inverse_CS names, for each row s of x, the at
     most C places r with index[r] = s (R where there is none).
     """
-    return x_SD.at[index_R].get(mode="fill", fill_value=0)
+    return _rows_at(x_SD, index_R)
 
 
 def _take_rows_forward(x_SD, index_R, inverse_CS):
@@ -96,8 +112,7 @@ def _take_rows_forward(x_SD, index_R, inverse_CS):
 
 
 def _take_rows_backward(inverse_CS, g_RD):
-    parts_CSD = g_RD.at[inverse_CS].get(mode="fill", fill_value=0)
-    return parts_CSD.sum(axis=0), None, None
+    return _rows_at(g_RD, inverse_CS).sum(axis=0), None, None
 
 
 take_rows.defvjp(_take_rows_forward, _take_rows_backward)

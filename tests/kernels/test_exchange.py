@@ -103,8 +103,10 @@ def test_segments_that_reach_past_the_rows_asked_for_are_cut():
 
 
 @pytest.mark.parametrize("copies", [1, 2, 3])
-def test_take_rows_has_the_gradient_of_a_gather(copies):
+@pytest.mark.parametrize(("platform", "width"), [("cpu", 3), ("tpu", 3), ("tpu", 256)])
+def test_take_rows_has_the_gradient_of_a_gather(monkeypatch, platform, width, copies):
     """Rows that nobody takes, rows taken up to `copies` times, and places that take none."""
+    monkeypatch.setattr(exchanges, "platform", lambda: platform)
     source, places = 7, 23
     rng = np.random.default_rng(copies)
     inverse_CS = np.full((copies, source), places)
@@ -114,11 +116,11 @@ def test_take_rows_has_the_gradient_of_a_gather(copies):
         if len(free):
             choice, row = free[rng.integers(len(free))]
             inverse_CS[choice, row], index_R[place] = place, row
-    x_SD = jnp.asarray(rng.normal(size=(source, 3)), jnp.float32)
-    g_RD = jnp.asarray(rng.normal(size=(places, 3)), jnp.float32)
+    x_SD = jnp.asarray(rng.normal(size=(source, width)), jnp.float32)
+    g_RD = jnp.asarray(rng.normal(size=(places, width)), jnp.float32)
 
     def gather(x_SD):
-        padded = jnp.concatenate([x_SD, jnp.zeros((1, 3))])
+        padded = jnp.concatenate([x_SD, jnp.zeros((1, width))])
         return padded[index_R]
 
     expected, pull = jax.vjp(gather, x_SD)
