@@ -27,8 +27,9 @@ from mixtral_jax import sharding
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.generation.request import Request, check_requests
 from mixtral_jax.generation.sampling import Parameters, row_keys, sample
-from mixtral_jax.model.cache import LayerCache, make_cache
-from mixtral_jax.model.mixtral import Mixtral, compute_dtype
+from mixtral_jax.model.cache import LayerCache
+from mixtral_jax.model.mixtral import Mixtral
+from mixtral_jax.model.unstacked import unstacked
 
 NOTHING = -1  # in the place of a token, from a row that has ended
 LEAST_BUCKET = 16
@@ -49,7 +50,7 @@ class Rows(NamedTuple):
 class Progress(NamedTuple):
     """What a step hands to the next one, which reuses its memory."""
 
-    cache: LayerCache
+    cache: LayerCache | tuple[LayerCache, ...]
     token_B: jax.Array
     """The newest token, which the cache does not hold yet."""
     made_B: jax.Array
@@ -94,13 +95,12 @@ def prefill(
     """
     model = nnx.merge(graphdef, params)
     batch, length = tokens_BL.shape
-    cache = make_cache(model.config, batch, length, compute_dtype(model.config))
+    cache = model.empty_cache(batch, length)
     positions_BL = jnp.zeros_like(tokens_BL) + jnp.arange(length)[None]
     segments_BL = (positions_BL < rows.length_B[:, None]).astype(jnp.int32)
     last_B = jnp.maximum(rows.length_B - 1, 0)
     out = model.forward(tokens_BL, positions_BL, segments_BL, cache, last_B)
-    more = ((0, 0), (0, 0), (0, slots - length), (0, 0), (0, 0))
-    cache = LayerCache(*(jnp.pad(array, more) for array in out.cache))
+    cache = jax.tree.map(partial(_longer, slots=slots), out.cache)
     made_B = jnp.zeros_like(rows.length_B)
     return _advance(eos_id, cache, out.logits_BLV, rows, made_B, rows.length_B > 0)
 
@@ -127,6 +127,13 @@ def programs(graphdef: nnx.GraphDef, eos_id: int) -> tuple[Callable, Callable]:
     """
     first = jax.jit(partial(prefill, graphdef, eos_id), static_argnames="slots")
     return first, jax.jit(partial(decode, graphdef, eos_id), donate_argnames="progress")
+
+
+def _longer(cache_BSKH, slots: int) -> jax.Array:
+    """A cache, perhaps of stacked layers, with that many slots."""
+    more = [(0, 0)] * cache_BSKH.ndim
+    more[-3] = (0, slots - cache_BSKH.shape[-3])
+    return jnp.pad(cache_BSKH, more)
 
 
 def _advance(eos_id, cache, logits_BLV, rows, made_B, live_B) -> tuple[Progress, Made]:
@@ -176,6 +183,8 @@ class Engine:
             if value is not None:
                 raise ValueError(f"{name}={value} would drop tokens: sampling wants None")
         self._mesh = mesh
+        if mesh.devices.flat[0].platform == "cpu":
+            model = unstacked(model)
         graphdef, self._params = nnx.split(model)
         self._prefill, self._decode = programs(graphdef, eos_id)
 

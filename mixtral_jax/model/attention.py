@@ -67,8 +67,11 @@ class Attention(nnx.Module):
             slots_1S = jnp.arange(k_BLKH.shape[1], dtype=jnp.int32)[None]
             allowed_BLS = kernels.causal_mask(positions_BL, slots_1S)
             out_BLKGH = kernels.attention(q_BLKGH, k_BLKH, v_BLKH, allowed_BLS)
-        out_BLD = jnp.einsum(
-            "BLKGH,KGHD->BLD", out_BLKGH, wo, out_sharding=sharding.spec("batch", None, None)
+        out_BLD = jax.lax.dot_general(  # einsum sorts its letters: wo would be transposed first
+            out_BLKGH,
+            wo,
+            (((2, 3, 4), (0, 1, 2)), ((), ())),
+            out_sharding=sharding.spec("batch", None, None),
         )
         return checkpoint_name(out_BLD, "attention_out"), cache
 

@@ -14,7 +14,7 @@ from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.kernels import cudnn, platform, splash
 from mixtral_jax.kernels.attention import resolve
 from mixtral_jax.model.attention import Attention
-from mixtral_jax.model.cache import LayerCache
+from mixtral_jax.model.cache import LayerCache, make_cache
 from mixtral_jax.model.layers import RMSNorm, matrix
 from mixtral_jax.model.moe import MoE, exchange_of, grouped_matmul_of
 from mixtral_jax.model.router import RoutingStatistics
@@ -46,7 +46,8 @@ class Forward(NamedTuple):
     """float32."""
     statistics: RoutingStatistics
     """Of every layer: a layer dimension in front."""
-    cache: LayerCache | None
+    cache: LayerCache | tuple[LayerCache, ...] | None
+    """Of all layers: stacked as they are, or one after another."""
 
 
 class Block(nnx.Module):
@@ -88,7 +89,8 @@ class Mixtral(nnx.Module):
     """Decoder-only transformer with sparse experts. Paper: arXiv 2401.04088.
 
     Calling it gives logits. `forward`, which gives more, runs inside `with jax.set_mesh(mesh):`
-    and wants a batch that splits over the mesh's data, fsdp and expert axes.
+    and wants a batch that splits over the mesh's data, fsdp and expert axes. `layers` is one Block
+    with stacked parameters, or, after `unstacked.unstacked`, a list of Blocks.
     """
 
     def __init__(self, config: ModelConfig, key: jax.Array):
@@ -121,7 +123,7 @@ class Mixtral(nnx.Module):
         tokens_BL: jax.Array,
         positions_BL: jax.Array | None = None,
         segments_BL: jax.Array | None = None,
-        cache: LayerCache | None = None,
+        cache: LayerCache | tuple[LayerCache, ...] | None = None,
         logits_at_B: jax.Array | None = None,
     ) -> Forward:
         """One pass.
@@ -131,7 +133,7 @@ class Mixtral(nnx.Module):
           positions_BL: place of each token in its document; default 0, 1, 2, ...
           segments_BL: number of each token's document, from 1; 0 is padding. Attention stays
             within a document. Default: one document a row.
-          cache: keys and values so far, written to at positions_BL.
+          cache: keys and values so far, written to at positions_BL; from `empty_cache`.
           logits_at_B: if given, compute logits only at this index of each row (L becomes 1).
         """
         if positions_BL is None:
@@ -150,12 +152,21 @@ class Mixtral(nnx.Module):
             )
         return Forward(logits_BLV, statistics, cache)
 
+    def empty_cache(self, batch: int, slots: int) -> LayerCache | tuple[LayerCache, ...]:
+        """A cache for `batch` sequences of up to `slots` tokens, as `forward` wants it."""
+        cache = make_cache(self.config, batch, slots, compute_dtype(self.config))
+        if isinstance(self.layers, Block):
+            return cache
+        return tuple(jax.tree.map(lambda a, i=i: a[i], cache) for i in range(len(self.layers)))
+
     def _embed(self, tokens_BL):
         dtype = compute_dtype(self.config)
         table_VD = sharding.shard(self.embedding_VD[...].astype(dtype), None, None)
         return table_VD.at[tokens_BL].get(out_sharding=sharding.spec("batch", None, None))
 
     def _run_layers(self, x_BLD, positions_BL, segments_BL, cache):
+        if not isinstance(self.layers, Block):
+            return self._run_list(x_BLD, positions_BL, segments_BL, cache)
         graphdef, stacked = nnx.split(self.layers)
 
         def one_layer(x_BLD, layer):
@@ -171,6 +182,15 @@ class Mixtral(nnx.Module):
         unroll = 1 if self.config.scan_layers else self.config.num_hidden_layers
         x_BLD, (statistics, cache) = jax.lax.scan(one_layer, x_BLD, (stacked, cache), unroll=unroll)
         return x_BLD, statistics, cache
+
+    def _run_list(self, x_BLD, positions_BL, segments_BL, cache):
+        cache = [None] * len(self.layers) if cache is None else cache
+        statistics, written = [], []
+        for block, layer_cache in zip(self.layers, cache, strict=True):
+            x_BLD, sums, layer_cache = block(x_BLD, positions_BL, segments_BL, layer_cache)
+            statistics.append(sums)
+            written.append(layer_cache)
+        return x_BLD, jax.tree.map(lambda *sums: jnp.stack(sums), *statistics), tuple(written)
 
 
 @partial(jax.jit, static_argnums=0)

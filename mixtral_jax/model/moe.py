@@ -19,8 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mixtral_jax import sharding
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.kernels import apart, grouped_matmul
 from mixtral_jax.kernels import exchange as exchanges
-from mixtral_jax.kernels import grouped_matmul
 from mixtral_jax.kernels.experts import experts as experts_of
 from mixtral_jax.kernels.gather import all_gather
 from mixtral_jax.model.layers import matrix
@@ -111,7 +111,11 @@ def dispatch_rows(ids_TC, order_A, rank_CT, chosen_E, kept_E, offsets_E, send_ro
 
 
 class MoE(nnx.Module):
-    """Sparse SwiGLU experts: sum over the k chosen experts of weight * w2(silu(w1 x) * (w3 x))."""
+    """Sparse SwiGLU experts: sum over the k chosen experts of weight * w2(silu(w1 x) * (w3 x)).
+
+    Each parameter of the experts is one array, or, after `unstacked.unstacked`, a tuple of arrays:
+    that of number i holds the i-th expert of each device along the expert axis.
+    """
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         experts, width, hidden = (
@@ -140,7 +144,10 @@ class MoE(nnx.Module):
         exchange = exchange_of(self.config, tokens)
         grouped = grouped_matmul_of(self.config, exchange)
         dtype = x_BLD.dtype
-        weights = [p[...].astype(dtype) for p in (self.gate_EDF, self.up_EDF, self.down_EFD)]
+        weights = [
+            jax.tree.map(lambda w: w.astype(dtype), p.get_value())
+            for p in (self.gate_EDF, self.up_EDF, self.down_EFD)
+        ]
         into = sharding.spec("experts", "expert_model", "expert_hidden")
         out_of = sharding.spec("experts", "expert_hidden", "expert_model")
         batch = sharding.spec("batch")
@@ -180,10 +187,13 @@ def _sparse_experts(
         received_RD = exchanges.send(exchange, plan, sent_RD)
 
     with jax.named_scope("experts"):  # 4. SwiGLU over the experts that live here
-        gate_eDf, up_eDf = (all_gather(w, sharding.FSDP, 1) for w in (gate_edf, up_edf))
-        down_efD = all_gather(down_efd, sharding.FSDP, 2)
-        matrices = (gate_eDf, up_eDf, down_efD)
-        done_RD = experts_of(received_RD, *matrices, plan.group_sizes_e, implementation=grouped)
+        gate_eDf, up_eDf = (_whole(w, 1) for w in (gate_edf, up_edf))
+        matrices = (gate_eDf, up_eDf, _whole(down_efd, 2))
+        if isinstance(gate_eDf, tuple):
+            lists = ([w_1Df[0] for w_1Df in of_all] for of_all in matrices)
+            done_RD = apart.experts(received_RD, *lists, plan.group_sizes_e)
+        else:
+            done_RD = experts_of(received_RD, *matrices, plan.group_sizes_e, implementation=grouped)
 
     with jax.named_scope("exchange"):  # 5. and back, where the weighted sum ends it
         returned_RD = exchanges.send_back(exchange, plan, done_RD)
@@ -196,3 +206,8 @@ def _sparse_experts(
         out_TD = jnp.einsum("TC,CTD->TD", routing.weights_TC.astype(x_TD.dtype), parts_CTD)
         out_TD = lax.psum(out_TD, sharding.TENSOR)
     return out_TD.reshape(x_BLD.shape), statistics
+
+
+def _whole(w, axis: int):
+    """Expert matrices gathered in their model dimension, which is split over fsdp."""
+    return jax.tree.map(lambda w: all_gather(w, sharding.FSDP, axis), w)

@@ -1,0 +1,74 @@
+"""A model whose layers, and whose experts' matrices, are arrays of their own: for inference on CPU.
+
+XLA:CPU copies what a program takes out of an array, and reads arrays that it is given whole where
+they lie. Stacked layers and experts would be copied whole for every token.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from mixtral_jax import sharding
+from mixtral_jax.model.mixtral import Mixtral, compute_dtype
+
+
+def unstacked(model: Mixtral) -> Mixtral:
+    """The same model with its layers in a list, and the matrices of each expert apart.
+
+    Args:
+      model: its parameters lie on a mesh of CPU devices.
+    Returns:
+      A model for `forward`, with arrays of at least the type that it computes in. They share the
+      memory of the given model's where they have the same type and begin where XLA wants arrays to
+      begin, at multiples of 64 bytes.
+    """
+    widen = partial(_placed, dtype=compute_dtype(model.config))
+    graphdef, params = nnx.split(model)
+    new = nnx.merge(graphdef, jax.tree.map(lambda p: p, params))
+    layer_graphdef, stacked = nnx.split(new.layers)
+    new.layers = nnx.List(
+        nnx.merge(layer_graphdef, _map(lambda p, i=i: _layer(p, i, widen), stacked))
+        for i in range(model.config.num_hidden_layers)
+    )
+    for name in ("embedding_VD", "head_DV"):
+        param = getattr(new, name)
+        array, logical = param.get_value(), param.get_metadata("logical_axes")
+        setattr(new, name, nnx.Param(widen(array, array.shape, logical), logical_axes=logical))
+    return new
+
+
+def _map(function, params: nnx.State) -> nnx.State:
+    return jax.tree.map(function, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _layer(param: nnx.Param, layer: int, widen) -> nnx.Param:
+    """One layer of a stacked parameter; experts as a tuple, by their number on each device."""
+    array, (_, *logical) = param.get_value(), param.get_metadata("logical_axes")
+    if logical[0] != "experts":
+        value = widen(array, array.shape[1:], logical, (layer,))
+    else:
+        shards = array.sharding.mesh.shape[sharding.EXPERT]
+        shape = (shards, *array.shape[2:])
+        value = tuple(
+            widen(array, shape, logical, (layer, slice(expert, expert + 1)))
+            for expert in range(array.shape[1] // shards)
+        )
+    return nnx.Param(value, logical_axes=tuple(logical))
+
+
+def _placed(array: jax.Array, shape, logical, part=(), *, dtype: jnp.dtype) -> jax.Array:
+    """The array that is made of the same part of each device's share of another."""
+    where = NamedSharding(array.sharding.mesh, sharding.spec(*logical))
+    dtype = jnp.promote_types(array.dtype, dtype)
+    with sharding.no_mesh():
+        parts = [
+            jax.device_put(np.asarray(shard.data)[part], shard.device).astype(dtype)
+            for shard in array.addressable_shards
+        ]
+    return jax.make_array_from_single_device_arrays(tuple(shape), where, parts)
