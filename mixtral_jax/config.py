@@ -33,7 +33,7 @@ def check_at_least(section: object, prefix: str, minimum: float, *names: str) ->
 
 
 EXCHANGES = ("local", "padded", "ragged")
-ATTENTIONS = ("xla", "splash", "cudnn")
+ATTENTIONS = ("xla", "splash", "cudnn", "chunks")
 GROUPED_MATMULS = ("megablox", "ragged_dot", "tokamax", "blocks")
 REMAT_POLICIES = ("none", "full", "attention_out", "no_experts", "no_up", "no_down", "matmuls")
 DTYPES = ("float32", "bfloat16")
@@ -92,7 +92,8 @@ class ModelConfig:
     """Rows that a device has room to receive, over those that balanced experts would send it; what
     does not fit is dropped and counted. Empty is room for the worst case: nothing is dropped."""
     attention: str = ""
-    """In training and of prompts: xla, splash (TPU) or cudnn (GPU); empty means the best."""
+    """In training and of prompts: xla, splash (TPU), cudnn (GPU) or chunks (CPU); empty means the
+    best."""
     grouped_matmul: str = ""
     """The experts' products: megablox (TPU), tokamax (GPU, a package of that name), ragged_dot or
     blocks; empty means the best."""

@@ -4,6 +4,7 @@ Bodies of `self_attention`, which training and prompts want:
   xla     scores as an array; any platform, any shape, any positions.
   splash  JAX's splash attention for TPU: nothing of size L x L is ever held.
   cudnn   cuDNN's for NVIDIA GPUs: scores are never held, a mask of L x L is.
+  chunks  a loop over heads and chunks of queries, for CPU: scores stay in cache.
 """
 
 from __future__ import annotations
@@ -11,10 +12,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mixtral_jax.kernels import cudnn, platform, splash
+from mixtral_jax.kernels import chunks, cudnn, platform, splash
 
-IMPLEMENTATIONS = ("xla", "splash", "cudnn")
-PLATFORMS = {"xla": ("cpu", "gpu", "tpu"), "splash": ("tpu",), "cudnn": ("gpu",)}
+IMPLEMENTATIONS = ("xla", "splash", "cudnn", "chunks")
+PLATFORMS = {
+    "xla": ("cpu", "gpu", "tpu"),
+    "splash": ("tpu",),
+    "cudnn": ("gpu",),
+    "chunks": ("cpu", "gpu", "tpu"),
+}
 MASKED = -1e30  # finite, so that a query that may see nothing still has a finite gradient
 
 
@@ -52,6 +58,8 @@ def resolve(implementation: str | None, length: int, head: int, dtype: jnp.dtype
     if not implementation:
         if here == "tpu" and splash.fits(length, head):
             return "splash"
+        if here == "cpu" and chunks.fits(length):
+            return "chunks"
         good = here == "gpu" and cudnn.fits(length, head, dtype) and cudnn.installed()
         return "cudnn" if good else "xla"
     if implementation not in IMPLEMENTATIONS:
@@ -71,6 +79,11 @@ def resolve(implementation: str | None, length: int, head: int, dtype: jnp.dtype
             f"attention=cudnn wants an even sequence_length, a head_dim of 8, 16, ... "
             f"{cudnn.WIDEST_HEAD} and a compute_dtype of bfloat16, not {length}, {head} and "
             f"{jnp.dtype(dtype)}: use xla, or leave it empty"
+        )
+    if implementation == "chunks" and not chunks.fits(length):
+        raise ValueError(
+            f"attention=chunks wants a sequence_length that is a multiple of {chunks.CHUNKS}, from "
+            f"{chunks.SHORTEST} on, not {length}: use xla, or leave it empty"
         )
     return implementation
 
@@ -98,6 +111,8 @@ def self_attention(
         return splash.attention(q_BLKGH, k_BLKH, v_BLKH, segments_BL)
     if implementation == "cudnn":
         return cudnn.attention(q_BLKGH, k_BLKH, v_BLKH, segments_BL)
+    if implementation == "chunks":
+        return chunks.attention(q_BLKGH, k_BLKH, v_BLKH, segments_BL)
     allowed_BLS = causal_mask(positions_BL, positions_BL, segments_BL, segments_BL)
     return attention(q_BLKGH, k_BLKH, v_BLKH, allowed_BLS)
 

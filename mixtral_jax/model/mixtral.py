@@ -11,7 +11,7 @@ from flax import nnx
 
 from mixtral_jax import sharding
 from mixtral_jax.config import InputError, ModelConfig
-from mixtral_jax.kernels import cudnn, platform, splash
+from mixtral_jax.kernels import chunks, cudnn, platform, splash
 from mixtral_jax.kernels.attention import resolve
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.cache import LayerCache, make_cache
@@ -25,7 +25,7 @@ _keep = _policies.save_only_these_names
 
 def _keep_attention(*names: str):
     """A policy that keeps these, the routing, and what the backward pass of attention wants."""
-    attention = ("attention_qkv", splash.KEPT, "attention_out", "routing")
+    attention = ("attention_qkv", splash.KEPT, chunks.KEPT, "attention_out", "routing")
     return _policies.save_from_both_policies(_keep(*attention, *names), cudnn.kept)
 
 
