@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -149,6 +150,34 @@ def test_too_few_devices_end_the_program_in_one_line(config_file, tmp_path):
     assert not folder.exists()
 
 
+def test_help_and_mistakes_do_not_load_jax():
+    code = """
+import sys, train, generate
+for main, arguments in ((train.main, ["--help"]), (generate.main, ["--help"])):
+    try:
+        main(arguments)
+    except SystemExit:
+        pass
+assert train.main(["--config", "configs/quickstart.yaml", "training.steps=0"]) == 2
+assert generate.main(["--checkpoint", "runs", "--prompt", "a", "--top-p", "2"]) == 2
+sys.exit("jax" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_start_is_timed_from_when_the_process_began():
+    code = "import time; time.sleep(0.5); from mixtral_jax.command_line import StartUp as S"
+    code += "; s = S(); time.sleep(0.2); s.end('a nap'); print(s.report('step'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    times = r"first step (.*) s after the start: loading the program (.*) s, a nap (.*) s\n"
+    said = re.fullmatch(times, done.stdout)
+    whole, loading, nap = map(float, said.groups())
+    assert loading >= 0.5
+    assert nap >= 0.2
+    assert whole == pytest.approx(loading + nap, abs=0.11)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_config_of_the_project_is_valid(path):
     config = config_io.load(path)
@@ -211,5 +240,8 @@ def test_two_hosts_train_save_and_resume_as_one(config_file, tmp_path, unused_po
 def test_a_profile_is_written_also_of_the_last_step(config_file, tmp_path):
     """In its own process: the profiler does not get on with every libtpu that tests load."""
     steps = ["training.steps=3", "training.profile_steps=2:3", "training.validate_every=0"]
-    run_train(config_file, *steps, f"run.dir={tmp_path}/run")
+    done = run_train(config_file, *steps, f"run.dir={tmp_path}/run")
+    assert re.search(
+        r"^first step [\d.]+ s after the start: .*, compiling [\d.]+ s", done.stdout, re.M
+    )
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

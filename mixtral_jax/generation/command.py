@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 
 from mixtral_jax import sharding
+from mixtral_jax.command_line import StartUp
 from mixtral_jax.config import InputError, ModelConfig, check_mesh
 from mixtral_jax.data.tokenizer import StreamDecoder, Tokenizer
 from mixtral_jax.generation.engine import Engine
@@ -45,6 +46,7 @@ class Deployed(NamedTuple):
     config: ModelConfig
     start: Callable[[], Engine]
     """Reads the weights."""
+    start_up: StartUp
 
 
 def deploy(checkpoint: str | pathlib.Path, deployment: Deployment) -> Deployed:
@@ -53,6 +55,7 @@ def deploy(checkpoint: str | pathlib.Path, deployment: Deployment) -> Deployed:
     Raises:
       InputError: if there is none, or it does not fit.
     """
+    start_up = StartUp()
     recognise(checkpoint)  # before JAX starts, which takes a while
     sharding.start(deployment.mesh)
     found = open_checkpoint(checkpoint)
@@ -66,13 +69,16 @@ def deploy(checkpoint: str | pathlib.Path, deployment: Deployment) -> Deployed:
     with jax.set_mesh(mesh):
         chosen_kernels(config, sharding.batch_shards(), 1)
 
+    start_up.end("checkpoint and devices")
+
     def start() -> Engine:
         engine = Engine(found.load(config, mesh), mesh, tokenizer.eos_id)
         place = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
         say(f"checkpoint {found.path}, {config.num_parameters:,} parameters on {place}")
+        start_up.end("weights")
         return engine
 
-    return Deployed(tokenizer, config, start)
+    return Deployed(tokenizer, config, start, start_up)
 
 
 def answer(
@@ -88,9 +94,10 @@ def answer(
     """
     config = deployed.config
     check_requests(requests, config.vocab_size, config.max_position_embeddings)
-    steps = Timed(deployed.start().stream(requests))
+    steps = Timed(deployed.start().stream(requests), deployed.start_up)
     print_answers(steps, prompts, decoders)
     say(steps.report(sum(len(r.tokens) for r in requests)))
+    say(deployed.start_up.report("token"))
 
 
 def model_config(trained: ModelConfig, deployment: Deployment) -> ModelConfig:
@@ -140,15 +147,17 @@ def print_answers(
 
 
 class Timed:
-    """Steps from Engine.stream, with the time that each took."""
+    """Steps from Engine.stream, with the time that each took; the first one ends the start-up."""
 
-    def __init__(self, steps: Iterable[dict[int, int]]):
-        self._steps = steps
+    def __init__(self, steps: Iterable[dict[int, int]], start_up: StartUp):
+        self._steps, self._start_up = steps, start_up
         self._made: list[int] = []
         self._times = [time.perf_counter()]
 
     def __iter__(self) -> Iterator[dict[int, int]]:
         for made in self._steps:
+            if not self._made:
+                self._start_up.end("prefill")
             self._made.append(len(made))
             self._times.append(time.perf_counter())
             yield made

@@ -184,10 +184,16 @@ class Mixtral(nnx.Module):
         return x_BLD, statistics, cache
 
     def _run_list(self, x_BLD, positions_BL, segments_BL, cache):
+        graphdef, _ = nnx.split(self.layers[0])
+
+        @jax.jit  # so that all layers are traced as one
+        def one_layer(state, x_BLD, layer_cache):
+            return nnx.merge(graphdef, state)(x_BLD, positions_BL, segments_BL, layer_cache)
+
         cache = [None] * len(self.layers) if cache is None else cache
         statistics, written = [], []
         for block, layer_cache in zip(self.layers, cache, strict=True):
-            x_BLD, sums, layer_cache = block(x_BLD, positions_BL, segments_BL, layer_cache)
+            x_BLD, sums, layer_cache = one_layer(nnx.state(block), x_BLD, layer_cache)
             statistics.append(sums)
             written.append(layer_cache)
         return x_BLD, jax.tree.map(lambda *sums: jnp.stack(sums), *statistics), tuple(written)

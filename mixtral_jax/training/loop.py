@@ -16,6 +16,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from mixtral_jax import sharding
+from mixtral_jax.command_line import StartUp
 from mixtral_jax.config import Config, InputError, TrainingError
 from mixtral_jax.data.batches import train_batches
 from mixtral_jax.data.corpus import Corpus, open_corpus
@@ -45,11 +46,13 @@ def train(config: Config) -> None:
       InputError: for what a user can mend; nothing has been written then.
       TrainingError: if too many steps in a row were not finite.
     """
+    start_up = StartUp()
     sharding.start(config.mesh)
     mesh = sharding.mesh_from_config(config.mesh)
+    start_up.end("devices")
     with jax.set_mesh(mesh):
         kernels_of_step(config)
-        run = Run(config, mesh)
+        run = Run(config, mesh, start_up)
         try:
             run.loop()
         finally:
@@ -77,8 +80,8 @@ def stop_signals() -> Iterator[list[int]]:
 class Run:
     """One training run on one mesh: the state, the data and the files that belong together."""
 
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh):
-        self.config, self.mesh = config, mesh
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh, start_up: StartUp):
+        self.config, self.mesh, self._start_up = config, mesh, start_up
         self._profiling = False
         begun = run_folder.check(config)
         folder = pathlib.Path(config.run.dir)
@@ -91,7 +94,9 @@ class Run:
         self.held_out = None
         if config.training.validate_every:
             self.held_out = validation_set(config, self.tokenizer, corpus)
+        start_up.end("data")
         self.state, self.first = self._begin(folder, begun)
+        start_up.end("state")
         self.folder = run_folder.write(config)
         if self.tokenizer is not None and jax.process_index() == 0:
             self.tokenizer.save(self.folder / run_folder.TOKENIZER)
@@ -150,6 +155,7 @@ class Run:
             _say(f"{self.folder} is complete at step {self.first}: raise training.steps to go on")
             return
         train_step = self._compile()
+        self._start_up.end("compiling")
         clock = Clock()
         with stop_signals() as signals:
             for step in range(self.first + 1, steps + 1):
@@ -157,6 +163,9 @@ class Run:
                 batch = self.placement(next(self.batches))
                 self.state, metrics = train_step(self.state, batch)
                 metrics = self._check(step, jax.device_get(metrics))
+                if step == self.first + 1:
+                    self._start_up.end("the step")
+                    self.reporter.say(self._start_up.report("step"))
                 clock.steps += 1
                 record = None
                 if step % training.log_every == 0 or step == steps:

@@ -181,3 +181,20 @@ def test_importing_measure_starts_no_jax():
     code = f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import measure, table"
     code += "; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=FOLDER).returncode == 0
+
+
+def test_the_parts_of_a_start_are_read_from_the_commands_own_line(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import startup
+
+    from mixtral_jax.command_line import StartUp
+
+    start_up = StartUp()
+    start_up.end("checkpoint and devices")
+    start_up.end("prefill")
+    parts = startup.parts_of(f"text\n{start_up.report('token')}\nmore")
+    names = ("seconds", "loading_the_program", "checkpoint_and_devices", "prefill")
+    assert list(parts) == [names[0], *(f"{name}_seconds" for name in names[1:])]
+    assert sum(parts.values()) == pytest.approx(2 * parts["seconds"], abs=0.3)
+    with pytest.raises(ValueError, match="does not say"):
+        startup.parts_of("nothing")

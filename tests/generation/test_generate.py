@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -56,6 +57,7 @@ def test_the_script_prints_the_answer_alone(run, answers):
     said = done.stderr.decode()
     assert "on 2 x cpu" in said
     assert "tokens/s" in said
+    assert re.search(r"^first token [\d.]+ s after the start: .*, prefill [\d.]+ s$", said, re.M)
 
 
 def test_the_script_reports_a_mistake_in_one_line(tmp_path):
