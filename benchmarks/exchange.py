@@ -37,6 +37,7 @@ def prepare(body: str, tokens: int, experts: int, per_token: int, shards: int, w
 
     from mixtral_jax import sharding
     from mixtral_jax.kernels import exchange as exchanges
+    from mixtral_jax.kernels.rows import take_rows
     from mixtral_jax.model.moe import dispatch_rows, keep_rows
 
     exchange = exchanges.make(
@@ -50,10 +51,10 @@ def prepare(body: str, tokens: int, experts: int, per_token: int, shards: int, w
             *(ids_TC, order_A, rank_CT, chosen_E, plan.kept_E, plan.offsets_E),
             exchange.send_rows,
         )
-        sent_RD = exchanges.take_rows(x_TD, rows.token_R, rows.row_CT)
+        sent_RD = take_rows(x_TD, rows.token_R, rows.row_CT)
         received_RD = exchanges.send(exchange, plan, sent_RD)
         returned_RD = exchanges.send_back(exchange, plan, received_RD)
-        return exchanges.take_rows(returned_RD, rows.row_CT.reshape(-1), rows.assignment_R[None])
+        return take_rows(returned_RD, rows.row_CT.reshape(-1), rows.assignment_R[None])
 
     mesh = sharding.make_mesh(expert=shards)
     random = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from mixtral_jax.kernels import attention, cudnn, exchange, grouped_matmul, mega
 def ragged_all_to_all(
     operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name
 ):
-    """What jax.lax.ragged_all_to_all documents, one slice a device, and stricter.
+    """What jax.lax.ragged_all_to_all documents, and stricter.
 
     Rows of the result that nobody writes are NaN (there they keep what `output` holds), and the
     whole result is NaN if sizes disagree, slices overlap or one reaches outside its array. A row
@@ -23,24 +23,29 @@ def ragged_all_to_all(
     me = lax.axis_index(axis_name)
     arrays = (operand, input_offsets, send_sizes, output_offsets, recv_sizes)
     operands, inputs, sends, outputs, receives = (lax.all_gather(a, axis_name) for a in arrays)
-    # What each device sends to this one: from where, to where, how much.
-    source_X, target_X, size_X = inputs[:, me], outputs[:, me], sends[:, me]
+    # Of what each device sends to this one: from where, to where, how much. A device has an equal
+    # number of slices for each; here they are one list.
+    shards = sends.shape[0]
+    mine = [a.reshape(shards, shards, -1)[:, me].reshape(-1) for a in (inputs, outputs, sends)]
+    source_S, target_S, size_S = mine
+    sender_S = jnp.repeat(jnp.arange(shards), len(size_S) // shards)
 
     rows_R = jnp.arange(output.shape[0])
-    offset_RX = rows_R[:, None] - target_X[None]
-    inside_RX = (offset_RX >= 0) & (offset_RX < size_X[None])
-    sender_R = inside_RX.argmax(axis=1)
-    row_R = source_X[sender_R] + rows_R - target_X[sender_R]
-    written_R = inside_RX.any(axis=1)
-    received = operands.at[sender_R, row_R].get(mode="fill", fill_value=jnp.nan)
+    offset_RS = rows_R[:, None] - target_S[None]
+    inside_RS = (offset_RS >= 0) & (offset_RS < size_S[None])
+    slice_R = inside_RS.argmax(axis=1)
+    row_R = source_S[slice_R] + rows_R - target_S[slice_R]
+    written_R = inside_RS.any(axis=1)
+    received = operands.at[sender_S[slice_R], row_R].get(mode="fill", fill_value=jnp.nan)
 
-    legal = (sends == receives.T).all() & (sends >= 0).all()
+    by_pair = [a.reshape(shards, shards, -1) for a in (sends, receives)]
+    legal = (by_pair[0] == by_pair[1].swapaxes(0, 1)).all() & (sends >= 0).all()
     legal &= (inputs >= 0).all() & (inputs + sends <= operand.shape[0]).all()
     legal &= (outputs >= 0).all() & (outputs + sends <= output.shape[0]).all()
-    legal &= (inside_RX.sum(axis=1) <= 1).all()
-    sent_SXX = jnp.arange(operand.shape[0])[:, None, None] - inputs[None]
-    sent_SXX = (sent_SXX >= 0) & (sent_SXX < sends[None])
-    legal &= (sent_SXX.sum(axis=2) <= 1).all()
+    legal &= (inside_RS.sum(axis=1) <= 1).all()
+    sent_RXS = jnp.arange(operand.shape[0])[:, None, None] - inputs[None]
+    sent_RXS = (sent_RXS >= 0) & (sent_RXS < sends[None])
+    legal &= (sent_RXS.sum(axis=2) <= 1).all()
     return jnp.where(legal & written_R[:, None], received, jnp.nan).astype(output.dtype)
 
 

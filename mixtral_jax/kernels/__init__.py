@@ -14,6 +14,12 @@ def platform() -> str:
     return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
 
 
+def device_kind() -> str:
+    """What JAX calls the chips of the mesh in use, such as 'TPU v6 lite'."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device is not None else jax.devices()[0].device_kind
+
+
 def vary_like(x: jax.Array, *others: jax.Array) -> jax.Array:
     """x, marked inside shard_map as differing over every mesh axis that the others differ over.
 

@@ -15,9 +15,6 @@ then `plan` says how many rows of each expert still go (`kept_E`), the same on a
 runs that go to a full device (one a source and expert) the longest are cut at their ends, all to
 one length: the shortest lose nothing. Dropping for a capacity has happened before, in the choice of
 rows to send.
-
-Everything that moves rows within a device is a segment map: P runs of consecutive rows with a start
-in one buffer, a start in another and a length.
 """
 
 from __future__ import annotations
@@ -31,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mixtral_jax.kernels import platform, vary_like
+from mixtral_jax.kernels.rows import segment_map, starts, take_rows
 
 IMPLEMENTATIONS = ("local", "padded", "ragged")
 PLATFORMS = {
@@ -65,65 +63,20 @@ def resolve(implementation: str | None, expert_shards: int) -> str:
     return implementation
 
 
-# ---- moving rows within a device ---------------------------------------------------------------
-
-
-def segment_map(to_starts_P, from_starts_P, sizes_P, num_rows: int, missing: int) -> jax.Array:
-    """For each of num_rows destination rows, the row it comes from, or `missing` if none.
-
-    Segment p fills destination rows to_starts[p] .. to_starts[p] + sizes[p] from from_starts[p]
-    on. Segments do not overlap and need no order; empty ones are fine.
-    """
-    rows_R1 = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
-    to_1P, from_1P, sizes_1P = (a[None, :] for a in (to_starts_P, from_starts_P, sizes_P))
-    inside_RP = (rows_R1 >= to_1P) & (rows_R1 < to_1P + sizes_1P)
-    shift_R = jnp.sum(jnp.where(inside_RP, from_1P - to_1P, 0), axis=1)
-    return jnp.where(inside_RP.any(axis=1), rows_R1[:, 0] + shift_R, missing).astype(jnp.int32)
-
-
-LANES = 128
-
-
-def _rows_at(x_SD, index):
-    """x[index], zeros where index is S; index of any shape.
-
-    A TPU keeps [S, D] in tiles of several rows, of which a gather reads all for each row that it
-    takes; of [S, D / 128, 128] every row has tiles of its own, though making that is a copy.
-    """
-    width = x_SD.shape[1]
-    tiled = platform() == "tpu" and width % LANES == 0
-    rows = x_SD.reshape(-1, width // LANES, LANES) if tiled else x_SD
-    taken = rows.at[index].get(mode="fill", fill_value=0)
-    return taken.reshape(*index.shape, width)
-
-
-@jax.custom_vjp
-def take_rows(x_SD: jax.Array, index_R: jax.Array, inverse_CS: jax.Array) -> jax.Array:
-    """out[r] = x[index[r]], or zeros where index[r] is S.
-
-    The gradient is a gather too, never a scatter: inverse_CS names, for each row s of x, the at
-    most C places r with index[r] = s (R where there is none).
-    """
-    return _rows_at(x_SD, index_R)
-
-
-def _take_rows_forward(x_SD, index_R, inverse_CS):
-    return take_rows(x_SD, index_R, inverse_CS), inverse_CS
-
-
-def _take_rows_backward(inverse_CS, g_RD):
-    return _rows_at(g_RD, inverse_CS).sum(axis=0), None, None
-
-
-take_rows.defvjp(_take_rows_forward, _take_rows_backward)
-
-
-def _starts(sizes, axis: int = -1):
-    """Where each run begins when runs lie one after another."""
-    return jnp.cumsum(sizes, axis=axis) - sizes
-
-
 # ---- the exchange ------------------------------------------------------------------------------
+
+
+class Slices(NamedTuple):
+    """Runs of rows that one ragged all-to-all moves: to each device in turn as many, e, one after
+    another."""
+
+    from_E: jax.Array
+    """Where they begin here."""
+    sizes_E: jax.Array
+    to_E: jax.Array
+    """Where they begin there."""
+    received_E: jax.Array
+    """Sizes of the runs that come here, by the device that they come from."""
 
 
 class Plan(NamedTuple):
@@ -135,12 +88,14 @@ class Plan(NamedTuple):
     """First row of each expert's rows in the send buffer."""
     group_sizes_e: jax.Array
     """Rows received for each local expert."""
-    sort_index_R: jax.Array | None
-    """For each row sorted by local expert, its place in the receive buffer."""
-    sort_inverse_R: jax.Array | None
+    sort_index_R: jax.Array | None = None
+    """For each row sorted by local expert, its place in the receive buffer; only of `padded`."""
+    sort_inverse_R: jax.Array | None = None
     """For each place in the receive buffer, its row sorted by local expert."""
-    sizes_XX: jax.Array | None
-    """Rows that device s sends to device d, at [s, d]; only for ragged."""
+    there: Slices | None = None
+    """What `ragged` sends to the experts."""
+    back: Slices | None = None
+    """And what it sends back."""
 
 
 class Exchange(NamedTuple):
@@ -221,7 +176,7 @@ def _limit(exchange: Exchange, counts_XXe: jax.Array) -> jax.Array:
 def plan(exchange: Exchange, counts_E: jax.Array) -> Plan:
     """Lay out one exchange of counts_E (int32) rows from this device to each expert."""
     if exchange.implementation == "local":
-        return Plan(counts_E, _starts(counts_E), counts_E, None, None, None)
+        return Plan(counts_E, starts(counts_E), counts_E)
     shards, num_local = exchange.shards, counts_E.shape[0] // exchange.shards
     me = lax.axis_index(exchange.axis)
     counts_XXe = lax.all_gather(counts_E, exchange.axis).reshape(shards, shards, num_local)
@@ -229,24 +184,38 @@ def plan(exchange: Exchange, counts_E: jax.Array) -> Plan:
         counts_XXe = _limit(exchange, counts_XXe)
         counts_E = lax.dynamic_index_in_dim(counts_XXe, me, keepdims=False).reshape(-1)
     received_Xe = lax.dynamic_index_in_dim(counts_XXe, me, axis=1, keepdims=False)
-    sizes_XX = counts_XXe.sum(axis=2)
+    group_sizes_e = received_Xe.sum(axis=0)
+    if exchange.implementation == "ragged":
+        there, back = _ragged_slices(counts_XXe, me)
+        return Plan(counts_E, there.from_E, group_sizes_e, there=there, back=back)
 
     # Rows arrive by source, and by local expert within a source; they leave sorted by expert.
-    if exchange.implementation == "padded":
-        bucket = jnp.arange(shards, dtype=jnp.int32)[:, None] * exchange.bucket_rows
-        arrive_Xe = bucket + _starts(received_Xe)
-        offsets_E = (bucket + _starts(counts_E.reshape(shards, num_local))).reshape(-1)
-    else:
-        arrive_Xe = _starts(received_Xe.reshape(-1)).reshape(shards, num_local)
-        offsets_E = _starts(counts_E)
-    sorted_Xe = _starts(received_Xe.T.reshape(-1)).reshape(num_local, shards).T
-
+    bucket_X1 = jnp.arange(shards, dtype=jnp.int32)[:, None] * exchange.bucket_rows
+    arrive_Xe = bucket_X1 + starts(received_Xe)
+    offsets_E = (bucket_X1 + starts(counts_E.reshape(shards, num_local))).reshape(-1)
+    sorted_Xe = starts(received_Xe.T.reshape(-1)).reshape(num_local, shards).T
     runs = (sorted_Xe.reshape(-1), arrive_Xe.reshape(-1), received_Xe.reshape(-1))
     num_rows = exchange.receive_rows
     sort_index_R = segment_map(*runs, num_rows, num_rows)
     sort_inverse_R = segment_map(runs[1], runs[0], runs[2], num_rows, num_rows)
-    group_sizes_e = received_Xe.sum(axis=0)
-    return Plan(counts_E, offsets_E, group_sizes_e, sort_index_R, sort_inverse_R, sizes_XX)
+    return Plan(counts_E, offsets_E, group_sizes_e, sort_index_R, sort_inverse_R)
+
+
+def _ragged_slices(counts_XXe, me) -> tuple[Slices, Slices]:
+    """There and back. Each expert's rows are a slice, which lands where the sort would put it."""
+    shards = counts_XXe.shape[0]
+    sent_XXe = starts(counts_XXe.reshape(shards, -1)).reshape(counts_XXe.shape)
+    by_expert_XeX = counts_XXe.transpose(1, 2, 0)
+    landed_XeX = starts(by_expert_XeX.reshape(shards, -1)).reshape(by_expert_XeX.shape)
+    landed_XXe = landed_XeX.transpose(2, 0, 1)
+
+    def mine(array_XXe, axis):
+        return lax.dynamic_index_in_dim(array_XXe, me, axis, keepdims=False).reshape(-1)
+
+    sizes_E, received_E = mine(counts_XXe, 0), mine(counts_XXe, 1)
+    there = Slices(mine(sent_XXe, 0), sizes_E, mine(landed_XXe, 0), received_E)
+    back = Slices(mine(landed_XXe, 1), received_E, mine(sent_XXe, 1), sizes_E)
+    return there, back
 
 
 def _all_to_all(exchange: Exchange, rows_RD):
@@ -255,31 +224,25 @@ def _all_to_all(exchange: Exchange, rows_RD):
     return out.reshape(rows_RD.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _ragged_all_to_all(axis: str, rows_RD, sizes_XX, num_rows: int):
-    """Send sizes_XX[me, d] consecutive rows to each d; they arrive in order of their sources.
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ragged_all_to_all(axis: str, num_rows: int, rows_RD, there: Slices, back: Slices):
+    """num_rows rows, of which those that someone sends are written.
 
-    Rows that nobody sends, of the result and of its gradient, are what was there before: no zeros
-    are written first, and whoever takes rows from here knows which are in use.
+    The others are what was in memory before, in the gradient as well: no zeros are written first,
+    and whoever takes rows from here knows which are in use.
     """
-    me = lax.axis_index(axis)
-    send_X = lax.dynamic_index_in_dim(sizes_XX, me, axis=0, keepdims=False)
-    receive_X = lax.dynamic_index_in_dim(sizes_XX, me, axis=1, keepdims=False)
-    land_X = lax.dynamic_index_in_dim(_starts(sizes_XX, axis=0), me, axis=0, keepdims=False)
     out_RD = vary_like(lax.empty((num_rows, rows_RD.shape[1]), rows_RD.dtype), rows_RD)
-    return lax.ragged_all_to_all(
-        rows_RD, out_RD, _starts(send_X), send_X, land_X, receive_X, axis_name=axis
-    )
+    return lax.ragged_all_to_all(rows_RD, out_RD, *there, axis_name=axis)
 
 
-def _ragged_forward(axis, rows_RD, sizes_XX, num_rows):
-    out_RD = _ragged_all_to_all(axis, rows_RD, sizes_XX, num_rows)
-    return out_RD, (sizes_XX, rows_RD[:, :0])  # of the rows, their number
+def _ragged_forward(axis, num_rows, rows_RD, there, back):
+    out_RD = _ragged_all_to_all(axis, num_rows, rows_RD, there, back)
+    return out_RD, (rows_RD[:, :0], there, back)  # of the rows, their number
 
 
 def _ragged_backward(axis, _, residuals, g_RD):
-    sizes_XX, rows_R0 = residuals
-    return _ragged_all_to_all(axis, g_RD, sizes_XX.T, rows_R0.shape[0]), None
+    rows_R0, there, back = residuals
+    return _ragged_all_to_all(axis, rows_R0.shape[0], g_RD, back, there), None, None
 
 
 _ragged_all_to_all.defvjp(_ragged_forward, _ragged_backward)
@@ -288,16 +251,14 @@ _ragged_all_to_all.defvjp(_ragged_forward, _ragged_backward)
 def send(exchange: Exchange, plan: Plan, rows_SD: jax.Array) -> jax.Array:
     """Deliver the send buffer; the rows received come sorted by local expert.
 
-    Rows past sum(plan.group_sizes_e) are zeros.
+    Rows past sum(plan.group_sizes_e) may be anything.
     """
     if exchange.implementation == "local":
         return rows_SD
-    if exchange.implementation == "padded":
-        received_RD = _all_to_all(exchange, rows_SD)
-    else:
-        received_RD = _ragged_all_to_all(
-            exchange.axis, rows_SD, plan.sizes_XX, exchange.receive_rows
-        )
+    if exchange.implementation == "ragged":
+        rows = exchange.receive_rows
+        return _ragged_all_to_all(exchange.axis, rows, rows_SD, plan.there, plan.back)
+    received_RD = _all_to_all(exchange, rows_SD)
     return take_rows(received_RD, plan.sort_index_R, plan.sort_inverse_R[None])
 
 
@@ -305,7 +266,8 @@ def send_back(exchange: Exchange, plan: Plan, rows_RD: jax.Array) -> jax.Array:
     """The reverse of `send`: results return to their rows' places in the send buffer."""
     if exchange.implementation == "local":
         return rows_RD
+    if exchange.implementation == "ragged":
+        rows = exchange.send_rows
+        return _ragged_all_to_all(exchange.axis, rows, rows_RD, plan.back, plan.there)
     unsorted_RD = take_rows(rows_RD, plan.sort_inverse_R, plan.sort_index_R[None])
-    if exchange.implementation == "padded":
-        return _all_to_all(exchange, unsorted_RD)
-    return _ragged_all_to_all(exchange.axis, unsorted_RD, plan.sizes_XX.T, exchange.send_rows)
+    return _all_to_all(exchange, unsorted_RD)

@@ -105,6 +105,7 @@ def grouped_matmul(
         import tokamax
 
         ragged_dot = tokamax.ragged_dot
+    in_use_R1 = jnp.arange(x_RD.shape[0])[:, None] < group_sizes_E.sum()
+    x_RD = jnp.where(in_use_R1, x_RD, 0)  # these may read the others and multiply by zero
     out_RF = ragged_dot(x_RD, w_EDF, group_sizes_E, preferred_element_type=x_RD.dtype)
-    in_use_R = jnp.arange(x_RD.shape[0]) < group_sizes_E.sum()
-    return jnp.where(in_use_R[:, None], out_RF, 0)
+    return jnp.where(in_use_R1, out_RF, 0)

@@ -8,10 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
+from mixtral_jax.kernels import device_kind
+
 LANES = 128  # every tile is a multiple of it
-ROW_TILE, WIDTH_TILE, HIDDEN_TILE = 512, 1024, 1024
-"""Two of each and a float32 sum fit into 16 MiB, and their arithmetic outlasts their loading on v5p
-(342 FLOPs a byte; the chip has 166). Taller tiles would waste more at the edges of experts."""
+TILES = (512, 1024, 1024)
+"""Rows, width and hidden size of the largest tile. Two of each operand and a float32 sum fit into
+16 MiB, and their arithmetic outlasts their loading on v5p (342 FLOPs a byte; the chip has 166)."""
+TILES_OF = {"TPU v6 lite": (1024, 1024, 2048), "TPU7x": (1024, 1024, 2048)}
+"""Of chips that give a kernel 32 MiB; v6e has 560 FLOPs a byte, and these tiles 683."""
 
 
 def fits(rows: int, width: int, hidden: int) -> bool:
@@ -26,8 +30,15 @@ def _tile(size: int, most: int) -> int:
     return most
 
 
-def _tiles(rows: int, width: int, hidden: int) -> tuple[int, int, int]:
-    return _tile(rows, ROW_TILE), _tile(width, WIDTH_TILE), _tile(hidden, HIDDEN_TILE)
+def _tiles(rows: int, width: int, hidden: int, experts: int) -> tuple[int, int, int]:
+    """The tile for rows [rows, width] and matrices [width, hidden].
+
+    A tile that two experts share is worked on for both: no taller than half an expert's rows.
+    """
+    height, *most = TILES_OF.get(device_kind(), TILES)
+    while height > LANES and height * 2 * experts > rows:
+        height //= 2
+    return _tile(rows, height), _tile(width, most[0]), _tile(hidden, most[1])
 
 
 def _rows_times_matrix(x_RD, w, group_sizes_E, transposed: bool, zeros: bool = True):
@@ -39,7 +50,7 @@ def _rows_times_matrix(x_RD, w, group_sizes_E, transposed: bool, zeros: bool = T
         w,
         group_sizes_E,
         x_RD.dtype,
-        _tiles(rows, width, hidden),
+        _tiles(rows, width, hidden, w.shape[0]),
         transpose_rhs=transposed,
         interpret=_interpret(),
     )
@@ -84,7 +95,7 @@ def _backward(transposed, _, residuals, g_RF):
         right_R,
         group_sizes_E,
         w_EDF.dtype,
-        _tiles(left_R.shape[0], left_R.shape[1], right_R.shape[1]),
+        _tiles(left_R.shape[0], left_R.shape[1], right_R.shape[1], w_EDF.shape[0]),
         interpret=_interpret(),
     )
     return dx_RD, dw_EDF, None

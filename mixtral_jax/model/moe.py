@@ -23,6 +23,7 @@ from mixtral_jax.kernels import apart, grouped_matmul
 from mixtral_jax.kernels import exchange as exchanges
 from mixtral_jax.kernels.experts import experts as experts_of
 from mixtral_jax.kernels.gather import all_gather
+from mixtral_jax.kernels.rows import segment_map, take_rows
 from mixtral_jax.model.layers import matrix
 from mixtral_jax.model.router import RoutingStatistics, local_statistics, route
 
@@ -101,7 +102,7 @@ def dispatch_rows(ids_TC, order_A, rank_CT, chosen_E, kept_E, offsets_E, send_ro
     """Lay the kept assignments out in a send buffer where expert i's rows start at offsets[i]."""
     tokens, assignments = ids_TC.shape[0], order_A.shape[0]
     starts_E = jnp.cumsum(chosen_E) - chosen_E
-    sorted_R = exchanges.segment_map(offsets_E, starts_E, kept_E, send_rows, assignments)
+    sorted_R = segment_map(offsets_E, starts_E, kept_E, send_rows, assignments)
     assignment_R = order_A.at[sorted_R].get(mode="fill", fill_value=assignments)
     token_R = jnp.where(assignment_R < assignments, assignment_R % tokens, tokens)
     ids_CT = ids_TC.T
@@ -183,7 +184,7 @@ def _sparse_experts(
             *(routing.ids_TC, order_A, rank_CT, chosen_E, plan.kept_E, plan.offsets_E),
             exchange.send_rows,
         )
-        sent_RD = exchanges.take_rows(x_TD, rows.token_R, rows.row_CT)
+        sent_RD = take_rows(x_TD, rows.token_R, rows.row_CT)
         received_RD = exchanges.send(exchange, plan, sent_RD)
 
     with jax.named_scope("experts"):  # 4. SwiGLU over the experts that live here
@@ -199,9 +200,7 @@ def _sparse_experts(
         returned_RD = exchanges.send_back(exchange, plan, done_RD)
         returned_RD = checkpoint_name(returned_RD, "expert_out")
     with jax.named_scope("combine"):
-        parts_AD = exchanges.take_rows(
-            returned_RD, rows.row_CT.reshape(-1), rows.assignment_R[None]
-        )
+        parts_AD = take_rows(returned_RD, rows.row_CT.reshape(-1), rows.assignment_R[None])
         parts_CTD = parts_AD.reshape(per_token, tokens, -1)
         out_TD = jnp.einsum("TC,CTD->TD", routing.weights_TC.astype(x_TD.dtype), parts_CTD)
         out_TD = lax.psum(out_TD, sharding.TENSOR)

@@ -110,8 +110,6 @@ def test_rows_past_the_last_group_are_not_read(implementation):
     x_RD, w_EDF, g_RF = operands(9, 3)
     out, dx_RD, dw_EDF = expected(x_RD, w_EDF, sizes, g_RF)
     x_RD[5:], g_RF[5:] = np.nan, np.nan
-    if implementation == "ragged_dot":  # it may read them, and multiplies by zero
-        x_RD[5:], g_RF[5:] = 1e20, 1e10
     actual = compiled(implementation, 4)(x_RD, w_EDF, sizes, g_RF)
     oracle.close(actual, (out, dx_RD, dw_EDF), rel=1e-6)
 

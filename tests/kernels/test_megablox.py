@@ -36,7 +36,7 @@ def run(x_RD, w_EDF, sizes_E, g_RF, transposed):
 def test_values_and_gradients(monkeypatch, sizes, transposed):
     """Rows past the last group are not read; they come out as zeros, and so does their gradient."""
     monkeypatch.setattr(megablox, "_interpret", lambda: True)
-    monkeypatch.setattr(megablox, "ROW_TILE", 128)
+    monkeypatch.setattr(megablox, "TILES", (128, 1024, 1024))
     rng, used = np.random.default_rng(0), sum(sizes)
     x_RD, w_EDF, g_RF = (
         rng.normal(size=shape).astype(np.float32) for shape in ((ROWS, D), (4, D, F), (ROWS, F))
@@ -76,9 +76,19 @@ def test_what_rows_past_the_last_group_come_out_as_goes_nowhere(monkeypatch):
     oracle.close(run("megablox"), run("ragged_dot"), rel=2e-6)
 
 
-def test_tiles_divide_what_they_cut():
-    assert megablox._tiles(8192, 4096, 14336) == (512, 1024, 1024)
-    assert megablox._tiles(384, 640, 256) == (128, 128, 256)
+@pytest.mark.parametrize(
+    ("kind", "shape", "tiles"),
+    [
+        ("TPU v5", (24576, 4096, 14336, 8), (512, 1024, 1024)),
+        ("TPU v6 lite", (24576, 4096, 14336, 8), (1024, 1024, 2048)),
+        ("TPU v6 lite", (8192, 4096, 14336, 8), (512, 1024, 2048)),
+        ("TPU v6 lite", (1024, 4096, 14336, 8), (128, 1024, 2048)),
+        ("TPU v5", (384, 640, 256, 1), (128, 128, 256)),
+    ],
+)
+def test_tiles_divide_what_they_cut_and_suit_the_chip(monkeypatch, kind, shape, tiles):
+    monkeypatch.setattr(megablox, "device_kind", lambda: kind)
+    assert megablox._tiles(*shape) == tiles
 
 
 @pytest.mark.parametrize(
