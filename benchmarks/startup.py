@@ -54,6 +54,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
+    from mixtral_jax import sharding
+    from mixtral_jax.config import MeshConfig
+
+    sharding.start(MeshConfig())  # this process says only what machine this is
     with tempfile.TemporaryDirectory() as folder:
         here = pathlib.Path(folder)
 
