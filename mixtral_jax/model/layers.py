@@ -33,6 +33,35 @@ class RMSNorm(nnx.Module):
         return normed * self.weight[...].astype(x_BLD.dtype)[None, None, :]
 
 
+@jax.custom_vjp
+def logits_of(x_BLD: jax.Array, head_DV: jax.Array) -> jax.Array:
+    """float32 logits_BLV, x times head, on the mesh that is set.
+
+    Its gradients are products that take the logits' gradient as it lies; the one that JAX makes for
+    the head has XLA:CPU transpose it first.
+    """
+    return jnp.einsum("BLD,DV->BLV", x_BLD, head_DV, preferred_element_type=jnp.float32)
+
+
+def _logits_forward(x_BLD, head_DV):
+    return logits_of(x_BLD, head_DV), (x_BLD, head_DV)
+
+
+def _logits_backward(residuals, g_BLV):
+    x_BLD, head_DV = residuals
+
+    def product(a, b, contracted, like):
+        out_sharding = jax.typeof(like).sharding
+        out = jax.lax.dot_general(a, b, (contracted, ((), ())), out_sharding=out_sharding)
+        return out.astype(like.dtype)
+
+    dx_BLD = product(g_BLV, head_DV, ((2,), (1,)), x_BLD)
+    return dx_BLD, product(x_BLD, g_BLV, ((0, 1), (0, 1)), head_DV)
+
+
+logits_of.defvjp(_logits_forward, _logits_backward)
+
+
 def rotary_angles(positions_BL: jax.Array, head_size: int, theta: float) -> jax.Array:
     """angles_BLh = position * theta^(-2i / H) for i < h = H / 2, in float32."""
     exponents_h = jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size

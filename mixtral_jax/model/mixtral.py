@@ -15,7 +15,7 @@ from mixtral_jax.kernels import chunks, cudnn, platform, splash
 from mixtral_jax.kernels.attention import resolve
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.cache import LayerCache, make_cache
-from mixtral_jax.model.layers import RMSNorm, matrix
+from mixtral_jax.model.layers import RMSNorm, logits_of, matrix
 from mixtral_jax.model.moe import MoE, exchange_of, grouped_matmul_of
 from mixtral_jax.model.router import RoutingStatistics
 
@@ -147,9 +147,7 @@ class Mixtral(nnx.Module):
             x_BLD = jnp.einsum("BL,BLD->BD", here_BL.astype(x_BLD.dtype), x_BLD)[:, None]
         with jax.named_scope("head"):
             head_DV = sharding.shard(self.head_DV[...].astype(x_BLD.dtype), None, "vocabulary")
-            logits_BLV = jnp.einsum(
-                "BLD,DV->BLV", self.norm(x_BLD), head_DV, preferred_element_type=jnp.float32
-            )
+            logits_BLV = logits_of(self.norm(x_BLD), head_DV)
         return Forward(logits_BLV, statistics, cache)
 
     def empty_cache(self, batch: int, slots: int) -> LayerCache | tuple[LayerCache, ...]:

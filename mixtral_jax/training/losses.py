@@ -26,21 +26,43 @@ class TokenSums(NamedTuple):
     tokens: jax.Array
 
 
+@jax.custom_vjp
 def token_sums(logits_BLV: jax.Array, targets_BL: jax.Array, real_BL: jax.Array) -> TokenSums:
     """Cross-entropy and squared logsumexp of float32 logits, summed where real_BL is true.
 
     The target's logit is picked by comparison, not by index, so that the vocabulary may be split
-    over devices.
+    over devices. The backward pass keeps nothing as large as the logits but the logits: softmax
+    is made again, in the one pass that writes their gradient.
     """
+    return _token_sums_forward(logits_BLV, targets_BL, real_BL)[0]
+
+
+def _is_target(logits_BLV, targets_BL):
+    return targets_BL[:, :, None] == jnp.arange(logits_BLV.shape[-1])[None, None, :]
+
+
+def _token_sums_forward(logits_BLV, targets_BL, real_BL):
     logsumexp_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
-    is_target_BLV = targets_BL[:, :, None] == jnp.arange(logits_BLV.shape[-1])[None, None, :]
-    chosen_BL = jnp.sum(jnp.where(is_target_BLV, logits_BLV, 0), axis=-1)
+    chosen_BLV = jnp.where(_is_target(logits_BLV, targets_BL), logits_BLV, 0)
     weight_BL = real_BL.astype(jnp.float32)
-    return TokenSums(
-        cross_entropy=jnp.sum(weight_BL * (logsumexp_BL - chosen_BL)),
+    sums = TokenSums(
+        cross_entropy=jnp.sum(weight_BL * (logsumexp_BL - jnp.sum(chosen_BLV, axis=-1))),
         squared_logsumexp=jnp.sum(weight_BL * logsumexp_BL**2),
         tokens=weight_BL.sum(),
     )
+    return sums, (logits_BLV, targets_BL, weight_BL, logsumexp_BL)
+
+
+def _token_sums_backward(residuals, g):
+    logits_BLV, targets_BL, weight_BL, logsumexp_BL = residuals
+    softmax_BLV = jnp.exp(logits_BLV - logsumexp_BL[:, :, None])
+    target_BL = weight_BL * g.cross_entropy
+    all_BL = target_BL + weight_BL * 2 * logsumexp_BL * g.squared_logsumexp
+    chosen_BLV = jnp.where(_is_target(logits_BLV, targets_BL), target_BL[:, :, None], 0)
+    return all_BL[:, :, None] * softmax_BLV - chosen_BLV, None, None
+
+
+token_sums.defvjp(_token_sums_forward, _token_sums_backward)
 
 
 def load_balance(statistics: RoutingStatistics) -> jax.Array:

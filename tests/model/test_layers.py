@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 
-from mixtral_jax.model.layers import RMSNorm, rotary_angles, rotate
+from mixtral_jax.model.layers import RMSNorm, logits_of, rotary_angles, rotate
 
 B, L, N, H, D = 2, 5, 3, 6, 7
 THETA = 1e6
@@ -98,3 +98,18 @@ def test_rms_norm_is_float32_inside_and_casts_before_the_weight():
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(out, expected)
     assert (expected != (3 * jnp.asarray(wide, jnp.float32)).astype(jnp.bfloat16)).any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_logits_and_their_gradients_are_those_of_a_product(dtype):
+    """Small whole numbers: products and sums are exact in every type."""
+    rng = np.random.default_rng(5)
+    x, head, g = (
+        rng.integers(-3, 4, size=shape).astype(np.float32)
+        for shape in ((B, L, D), (D, 4), (B, L, 4))
+    )
+    logits, pull = jax.vjp(logits_of, jnp.asarray(x, dtype), jnp.asarray(head, dtype))
+    grads = pull(jnp.asarray(g))
+    wanted = x @ head, g @ head.T, np.einsum("BLD,BLV->DV", x, g)
+    assert [a.dtype for a in (logits, *grads)] == [jnp.float32, dtype, dtype]
+    oracle.close((logits, *grads), wanted, rel=0)

@@ -84,6 +84,15 @@ def test_token_sums_match_numpy_and_leave_padding_out():
     np.testing.assert_allclose(sums.squared_logsumexp, (lse[real] ** 2).sum(), rtol=1e-6)
     assert float(sums.tokens) == real.sum() == 7
 
+    def weighted(logits_BLV):
+        sums = losses.token_sums(logits_BLV, jnp.asarray(targets), real)
+        return 3 * sums.cross_entropy + 0.7 * sums.squared_logsumexp
+
+    softmax = np.exp(logits - lse[..., None])
+    gradient = (3 + 2 * 0.7 * lse[..., None]) * softmax - 3 * np.eye(11)[targets]
+    got = jax.grad(weighted)(jnp.asarray(logits, jnp.float32))
+    np.testing.assert_allclose(got, gradient * real[..., None], rtol=1e-5, atol=1e-6)
+
 
 def test_a_batch_of_padding_alone_has_finite_losses():
     nothing = jnp.zeros(4, bool)
