@@ -1,7 +1,8 @@
 """Train a Mixtral: python train.py --config configs/NAME.yaml [section.key=value ...]
 
 With --compile-only v5p:4x4x4 nothing is trained: the step is compiled for that TPU slice, which
-need not be there, and a report says what it takes in memory and time.
+need not be there, and a report says what it takes in memory and time; with --slices N, for
+several such slices.
 """
 
 import sys
@@ -17,16 +18,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="a YAML file, such as those in configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--compile-only", metavar="SLICE", help="compile for a TPU slice, and stop")
+    parser.add_argument("--slices", metavar="N", type=int, default=1, help="that many of them")
     parser.add_argument("--report", metavar="FILE", default="", help="its report, as JSON")
     try:
         arguments = parser.parse_intermixed_args(argv)
-        if arguments.report and arguments.compile_only is None:
-            raise InputError(f"--report {arguments.report} needs --compile-only SLICE")
+        for name, value in (("report", arguments.report), ("slices", arguments.slices)):
+            if value != parser.get_default(name) and arguments.compile_only is None:
+                raise InputError(f"--{name} {value} needs --compile-only SLICE")
         config = config_io.load(arguments.config, arguments.overrides, folders.training_sizes)
         if arguments.compile_only is not None:
             from mixtral_jax.analysis import compile_report
 
-            return compile_report.run(config, arguments.compile_only, arguments.report)
+            return compile_report.run(
+                config, arguments.compile_only, arguments.report, arguments.slices
+            )
         from mixtral_jax.training import loop  # only now: it loads JAX, and the config is good
 
         loop.train(config)

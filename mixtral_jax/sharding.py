@@ -71,10 +71,11 @@ def make_mesh(
 ) -> jax.sharding.Mesh:
     """A mesh over the first data * fsdp * expert * tensor devices.
 
-    Use it as `with jax.set_mesh(make_mesh(expert=4)): ...`.
+    Use it as `with jax.set_mesh(make_mesh(expert=4)): ...`. Of several TPU slices, the data axis
+    goes from one to the next, or the fsdp axis where data is 1.
 
     Raises:
-      InputError: if there are fewer devices.
+      InputError: if there are fewer devices, or their slices do not divide that axis.
     """
     sizes = (data, fsdp, expert, tensor)
     devices = jax.devices() if devices is None else list(devices)
@@ -86,12 +87,22 @@ def make_mesh(
             f"({devices[0].device_kind}): use a smaller mesh"
         )
     devices = devices[:wanted]
-    try:
-        return jax.make_mesh(sizes, AXES, devices=devices)
-    except NotImplementedError:  # an axis would take a part of a row of chips
+    slices = len({d.slice_index for d in devices}) if hasattr(devices[0], "slice_index") else 1
+    if slices == 1 or devices[0].platform != "tpu":
+        with contextlib.suppress(NotImplementedError):
+            return jax.make_mesh(sizes, AXES, devices=devices)
+        # An axis takes a part of a row of chips.
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-        explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
-        return jax.sharding.Mesh(grid, AXES, axis_types=explicit)
+    else:
+        across = 0 if data > 1 else 1
+        if sizes[across] % slices:
+            name = AXES[across]
+            raise InputError(f"mesh.{name}={sizes[across]} does not split over {slices} slices")
+        parts = tuple(slices if axis == across else 1 for axis in range(len(sizes)))
+        inner = tuple(size // part for size, part in zip(sizes, parts, strict=True))
+        split = {"allow_split_physical_axes": True}
+        grid = mesh_utils.create_hybrid_device_mesh(inner, parts, devices, **split)
+    return jax.sharding.Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Explicit,) * len(AXES))
 
 
 def mesh_from_config(config: MeshConfig) -> jax.sharding.Mesh:

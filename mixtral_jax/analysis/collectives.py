@@ -10,6 +10,8 @@ The model of the interconnect, for one collective among a group of n devices:
   bytes over the bandwidth of the links that one device has in the group. Bytes of an all-to-all
   travel several links: along a torus axis of m devices, m / 4 of the bytes of a device's buffer
   pass each of them (m / 8 if the axis is a ring, which has two links a device).
+- Between slices each device exchanges its part of an array with its likes, over the data-centre
+  network; the compiler has split that off from what happens within the slices.
 - Collectives do not share links, and there is no latency.
 """
 
@@ -22,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixtral_jax.analysis.topology import Slice
+from mixtral_jax.analysis.topology import Slice, slices_of
 
 KINDS = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
@@ -55,10 +57,12 @@ class Collective(NamedTuple):
 
     def seconds(self, target: Slice, mesh_devices: Sequence) -> float:
         """Time on the links of a slice, by the model above."""
-        axes = target.links([mesh_devices[place] for place in self.group])
+        devices = [mesh_devices[place] for place in self.group]
+        if slices_of(devices) > 1:
+            return self.sent_bytes / target.chip.network_bytes_per_second
+        axes, link = target.links(devices), target.chip.link_bytes_per_second
         if not axes:
             return 0.0
-        link = target.chip.link_bytes_per_second
         if self.kind.endswith("all-to-all"):
             return self.buffer_bytes * max(chips / (4 * links) for chips, links in axes) / link
         if self.kind.startswith("collective"):
@@ -84,6 +88,8 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
             continue
         name, shape, opcode, rest = operation.groups()
         sizes[name] = _bytes(shape)
+        if opcode == "send" and (between := _between_slices(shape, rest, devices)):
+            found.append(between)
         kind = opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
@@ -118,6 +124,23 @@ def _buffer_bytes(kind, opcode, sizes, name, rest, devices) -> float:
         operand = re.match(r"[^%]*%([\w.-]+)", rest)
         return min(result, sizes.get(operand[1], result)) if operand else result
     return result
+
+
+def _between_slices(shape: str, rest: str, devices: int) -> Collective | None:
+    """What a device exchanges with its like in other slices, which lie one after another.
+
+    Within the slices the compiler has collectives of its own.
+    """
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', rest)
+    numbers = re.search(r'_xla_megascale_target="\{([\d,]+)\}', rest)
+    if not kind or not numbers:
+        return None
+    slices, kind = len(_numbers(numbers[1])), kind[1].lower().replace("_", "-")
+    buffer = _bytes(shape.partition("}")[0])  # the first of a tuple
+    if kind == "all-gather":
+        buffer *= slices
+    known = kind if kind in KINDS else "collective-permute"
+    return Collective(known, buffer, tuple(range(0, devices, devices // slices)))
 
 
 # ---- groups of devices -------------------------------------------------------------------------

@@ -36,26 +36,27 @@ ESTIMATES = (
 )
 
 
-def compile_report(config: Config, name: str) -> dict[str, Any]:
-    """The report of a config's training step on a slice, per chip and per step.
+def compile_report(config: Config, name: str, slices: int = 1) -> dict[str, Any]:
+    """The report of a config's training step on TPU slices, per chip and per step.
 
     Where the program does not fit, `fits` is false, memory is what the compiler says it would need,
     and everything that depends on a compiled program is None.
 
     Args:
-      config: its mesh must have as many devices as the slice has chips.
-      name: of the slice, such as v5p:4x4x4.
+      config: its mesh must have as many devices as the slices.
+      name: of a slice, such as v5p:4x4x4.
+      slices: how many of them.
     Raises:
       InputError: for a slice or a mesh that cannot be, or if libtpu is not installed.
     """
-    target = topology.get_slice(name)
+    target = topology.get_slice(name, slices)
     mesh = topology.make_mesh(config.mesh, target)
     with jax.set_mesh(mesh):
         kernels = kernels_of_step(config)
     training = config.training
-    tokens = training.batch_size * training.sequence_length / mesh.size
+    tokens = training.batch_size * training.sequence_length / target.chips
     report = {
-        **{"topology": name, "chips": mesh.size, "kernels": kernels},
+        **{"topology": target.name, "chips": target.chips, "kernels": kernels},
         **memory_of(
             lambda: compile_step(config, mesh),
             step_arguments(config, mesh),
@@ -71,6 +72,7 @@ def compile_report(config: Config, name: str) -> dict[str, Any]:
 
 
 def _estimates(priced: Price, report: dict[str, Any], target: topology.Slice) -> dict[str, Any]:
+    devices, chip = target.chip.per_chip, target.chip
     flops = priced.compiled.flops + priced.unpriced.flops
     seconds = priced.compiled.seconds + priced.unpriced.seconds
     expected_flops = flops - priced.surplus.flops
@@ -78,18 +80,24 @@ def _estimates(priced: Price, report: dict[str, Any], target: topology.Slice) ->
     step = expected_seconds + priced.interconnect_seconds
     moved = priced.compiled.bytes - priced.surplus.bytes
     return {
-        "compiled_flops": flops,
-        "compiled_flops_expected_rows": expected_flops,
-        "collectives": priced.collectives,
+        "compiled_flops": devices * flops,
+        "compiled_flops_expected_rows": devices * expected_flops,
+        "collectives": {
+            kind: {"count": found["count"], "bytes": devices * found["bytes"]}
+            for kind, found in priced.collectives.items()
+        },
         "compiler_seconds": seconds,
         "compiler_seconds_expected_rows": expected_seconds,
-        "unpriced": {"flops": priced.unpriced.flops, "seconds": priced.unpriced.seconds},
+        "unpriced": {
+            "flops": devices * priced.unpriced.flops,
+            "seconds": priced.unpriced.seconds,
+        },
         "interconnect_seconds": priced.interconnect_seconds,
-        "arithmetic_seconds": expected_flops / target.peak_flops,
-        "memory_seconds": moved / target.chip.hbm_bytes_per_second,
+        "arithmetic_seconds": expected_flops / chip.peak_flops,
+        "memory_seconds": moved / chip.hbm_bytes_per_second,
         "estimated_step_seconds": step,
         "estimated_tokens_per_second_per_chip": report["tokens_per_chip"] / step,
-        "estimated_mfu": report["model_flops"] / step / target.peak_flops,
+        "estimated_mfu": report["model_flops"] / step / (devices * chip.peak_flops),
     }
 
 
@@ -145,7 +153,7 @@ def _estimate_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def run(config: Config, name: str, path: str = "") -> int:
+def run(config: Config, name: str, path: str = "", slices: int = 1) -> int:
     """Print the report of a config's step on a slice, and write it to a JSON file if one is named.
 
     Returns:
@@ -155,7 +163,7 @@ def run(config: Config, name: str, path: str = "") -> int:
     """
     if path and not pathlib.Path(path).absolute().parent.is_dir():  # now, not minutes later
         raise InputError(f"--report {path}: there is no folder {pathlib.Path(path).parent}")
-    report = compile_report(config, name)
+    report = compile_report(config, name, slices)
     if path:
         pathlib.Path(path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(table(report))

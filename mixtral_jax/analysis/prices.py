@@ -16,7 +16,7 @@ import jax
 
 from mixtral_jax.analysis import topology
 from mixtral_jax.analysis.collectives import read_collectives
-from mixtral_jax.analysis.custom_calls import Cost, read_calls, surplus, unpriced
+from mixtral_jax.analysis.custom_calls import Cost, missing_seconds, read_calls, surplus, unpriced
 from mixtral_jax.config import Config
 from mixtral_jax.data.packing import Batch
 from mixtral_jax.model.moe import exchange_of
@@ -24,8 +24,7 @@ from mixtral_jax.training.placement import Placement
 from mixtral_jax.training.step import TrainState, abstract_train_state, make_train_step
 
 # Of the programs that are priced. The compiler has no price for what the SparseCore does, nor for
-# an array fetched in slices, and counts each as minus one second. An asynchronous
-# ragged-all-to-all cannot be printed as text.
+# an array fetched in slices. An asynchronous ragged-all-to-all cannot be printed as text.
 PRICED_WITH = {
     "xla_tpu_enable_offloading_scatter_to_sparsecore": "false",
     "xla_tpu_sliced_prefetch_max_slices": "0",
@@ -113,10 +112,11 @@ def price_of(
     for one in found:
         counts[one.kind] += 1
         sent[one.kind] += one.sent_bytes
+    seconds = costs["optimal_seconds"] + missing_seconds(text)
     return Price(
-        Cost(costs["flops"], costs["bytes accessed"], costs["optimal_seconds"]),
+        Cost(costs["flops"], costs["bytes accessed"], seconds),
         surplus(calls, share, target.chip),
-        unpriced(calls, target.peak_flops),
+        unpriced(calls, target.chip.peak_flops),
         sum(one.seconds(target, mesh.devices.flat) for one in found),
         {kind: {"count": counts[kind], "bytes": sent[kind]} for kind in counts},
     )

@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mixtral_jax.analysis import custom_calls, prices, topology
+from mixtral_jax.analysis.chips import CHIPS
 from mixtral_jax.kernels import megablox, splash
 
 compiles = pytest.mark.tpu_compile
@@ -70,6 +71,7 @@ PROGRAM = """
   ROOT %transpose_jvp_jit_tgmm___.6 = bf16[4,384,256]{2,1,0} custom-call(%x), custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[40,384]{1,0}}, backend_config={"cost_estimate":{"flops":"600","transcendentals":"0","bytes_accessed":"900"}}
   %other.1 = f32[3]{0} custom-call(%x), custom_call_target="tpu_custom_call", operand_layout_constraints={f32[3]{0}}, backend_config={"cost_estimate":{"flops":"77","transcendentals":"0","bytes_accessed":"9"}}
   %splash_mha_fwd_segmented_residuals.3 = (f32[2,512,128]{2,1,0}, bf16[2,4,512,128]{3,2,1,0}) custom-call(%c, %d, %q), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,4,4]{2,1,0}, s8[1,4,4]{2,1,0}, bf16[2,3,512,128]{3,2,1,0}, bf16[2,1,512,128]{3,2,1,0}}, frontend_attributes={kernel_metadata={
+  %custom-call.4 = bf16[2,8]{1,0} custom-call(%s, %t), custom_call_target="ConcatBitcast"
   %custom-call.5 = u32[4]{0:T(128)} custom-call(), custom_call_target="AllocateBuffer", backend_config={}
 """  # noqa: E501
 
@@ -82,11 +84,12 @@ def test_calls_are_read_from_a_program():
         ("other", 77, 9),
         ("splash_mha_fwd_segmented_residuals", 0, 0),
     ]
+    assert custom_calls.missing_seconds(PROGRAM) == 1
     assert calls[0].operands == ((), (5,), (40, 256), (4, 256, 384))
 
 
 def test_surplus_of_grouped_products_alone():
-    chip = topology.CHIPS["v5p"]
+    chip = CHIPS["v5p"]
     found = custom_calls.surplus(custom_calls.read_calls(PROGRAM), 0.25, chip)
     assert found.flops == 0.75 * 1400
     assert found.bytes == 0.75 * 990

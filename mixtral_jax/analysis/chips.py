@@ -1,0 +1,88 @@
+"""TPU chips and slices in figures: what Google publishes, and what its compiler takes for them."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mixtral_jax.config import InputError
+from mixtral_jax.model.flops import PEAK_FLOPS
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one device has: a chip, or on TPU7x one of a chip's two halves.
+
+    Source: the pages of each version in cloud.google.com/tpu/docs. They give the interconnect per
+    chip and in both directions together; a chip has two links along each axis of the torus, so a
+    link carries, one way, a fourth of that over the number of axes. The data-centre network is the
+    network card of a host over its chips, one way (v4 and v5e: the scaling book of jax-ml).
+    """
+
+    device_kind: str
+    """As JAX calls it."""
+    hbm_bytes: float
+    hbm_bytes_per_second: float
+    interconnect_bytes_per_second: float
+    """Of all links, both directions added up."""
+    torus_axes: int
+    wraps_at: int
+    """An axis of a slice is a ring if its length is a multiple of this; otherwise it is a line."""
+    network_bytes_per_second: float
+    """To other slices."""
+    priced_flops: float
+    """FLOP/s at which the compiler's estimate prices a bfloat16 product (large and dense)."""
+    priced_bytes: float
+    """Bytes/s of memory at which it prices an elementwise operation."""
+    per_chip: int = 1
+    """Devices that a chip counts as."""
+
+    @property
+    def peak_flops(self) -> float:
+        """Dense bf16 FLOP/s."""
+        return PEAK_FLOPS[self.device_kind]
+
+    @property
+    def link_bytes_per_second(self) -> float:
+        """Of one link in one direction."""
+        return self.interconnect_bytes_per_second / (4 * self.torus_axes)
+
+
+GIB = 2**30
+CHIPS = {
+    "v4": Chip("TPU v4", 32 * GIB, 1228e9, 600e9, 3, 4, 6.25e9, 254.2e12, 982e9),
+    "v5e": Chip("TPU v5e", 16 * GIB, 819e9, 400e9, 2, 16, 3.125e9, 184.9e12, 738e9),
+    "v5p": Chip("TPU v5p", 95 * GIB, 2765e9, 1200e9, 3, 4, 6.25e9, 394.0e12, 2350e9),
+    "v6e": Chip("TPU v6e", 32 * GIB, 1640e9, 800e9, 2, 16, 12.5e9, 918.0e12, 1638e9),
+    "tpu7x": Chip("TPU7x", 96 * GIB, 3690e9, 600e9, 3, 4, 6.25e9, 996.0e12, 3686e9, per_chip=2),
+}
+
+
+class SliceName(NamedTuple):
+    """What the name of a slice says: v5p:4x4x4."""
+
+    chip: Chip
+    shape: tuple[int, ...]
+    """Chips along each axis of the torus."""
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.shape) * self.chip.per_chip
+
+
+def parse(name: str) -> SliceName:
+    """What a slice's name says, whether there is such a slice or not.
+
+    Raises:
+      InputError: if it names no chip and shape.
+    """
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
+        raise InputError(f"{name!r} must look like v5p:4x4x4, with one of {', '.join(CHIPS)}")
+    chip, sizes = CHIPS[kind], tuple(int(n) for n in shape.split("x"))
+    if len(sizes) != chip.torus_axes:
+        example = "x".join(["4"] * chip.torus_axes)
+        raise InputError(f"{name!r} has {len(sizes)} axes and {kind} {chip.torus_axes}: {example}")
+    return SliceName(chip, sizes)
