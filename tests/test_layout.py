@@ -21,7 +21,7 @@ FLOORS: dict[str, set[str]] = {
     "interop": {"model", "data"} | GROUND,  # checkpoints, those of training included
     "training": {"interop", "model", "data", "kernels"} | GROUND,
     "generation": {"interop", "model", "data", "kernels"} | GROUND,
-    "analysis": {"model", "training", "data", "interop"} | GROUND,
+    "analysis": {"generation", "training", "interop", "model", "data", "kernels"} | GROUND,
     "__init__": {"interop"},  # everything imports it; it imports when asked
 }
 

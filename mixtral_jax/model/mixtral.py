@@ -19,24 +19,27 @@ from mixtral_jax.model.layers import RMSNorm, logits_of, matrix
 from mixtral_jax.model.moe import MoE, exchange_of, grouped_matmul_of
 from mixtral_jax.model.router import RoutingStatistics
 
-_policies = jax.checkpoint_policies
-_keep = _policies.save_only_these_names
-
-
-def _keep_attention(*names: str):
-    """A policy that keeps these, the routing, and what the backward pass of attention wants."""
-    attention = ("attention_qkv", splash.KEPT, chunks.KEPT, "attention_out", "routing")
-    return _policies.save_from_both_policies(_keep(*attention, *names), cudnn.kept)
-
-
-REMAT = {
-    "full": _policies.nothing_saveable,
-    "attention_out": _keep("attention_out"),
-    "no_experts": _keep_attention(),
-    "no_up": _keep_attention("expert_gate"),
-    "no_down": _keep_attention("expert_gate", "expert_up"),
-    "matmuls": _keep_attention("expert_gate", "expert_up", "expert_out"),
+_ATTENTION = ("attention_qkv", splash.KEPT, chunks.KEPT, "attention_out", "routing")
+KEPT = {
+    "full": (),
+    "attention_out": ("attention_out",),
+    "no_experts": _ATTENTION,
+    "no_up": (*_ATTENTION, "expert_gate"),
+    "no_down": (*_ATTENTION, "expert_gate", "expert_up"),
+    "matmuls": (*_ATTENTION, "expert_gate", "expert_up", "expert_out"),
 }
+"""What the backward pass finds kept by each remat policy, beside a layer's input: by its name."""
+
+
+def _policy(names: tuple[str, ...]):
+    """A policy that keeps these, and with splash attention's also cuDNN's, which have no name."""
+    keep = jax.checkpoint_policies.save_only_these_names(*names)
+    if splash.KEPT not in names:
+        return keep
+    return jax.checkpoint_policies.save_from_both_policies(keep, cudnn.kept)
+
+
+REMAT = {name: _policy(kept) for name, kept in KEPT.items()}
 
 
 class Forward(NamedTuple):

@@ -1,0 +1,274 @@
+"""A training step's memory and time on a TPU slice by arithmetic alone: for searching.
+
+Everything is of one device. What can be counted is counted: shapes, what each remat policy keeps,
+which products it recomputes, what each collective sends. What cannot, the memory that a layer works
+in and the traffic of what lies between the matrix products, are multiples of the arrays involved,
+fitted to compile reports of Mixtral 8x7B on v5p:4x4x4 and v6e:16x16: PASSES and WORKING. Nothing
+overlaps; rows are those of balanced experts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from mixtral_jax.analysis import torus
+from mixtral_jax.analysis.chips import Chip, SliceName
+from mixtral_jax.analysis.custom_calls import ATTENTION_UTILISATION
+from mixtral_jax.config import Config, ModelConfig
+from mixtral_jax.kernels import exchange as exchanges
+from mixtral_jax.kernels import megablox, splash
+from mixtral_jax.model.mixtral import KEPT
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+PASSES = {"tokens": 64, "rows": 32, "hidden": 14, "exchanged": 120, "weights": 6, "logits": 6}
+"""How often a layer's training reads or writes a whole array, in memory traffic as the compiler
+prices it: [tokens, D], [rows, D], [rows, F], [rows, D] once more if they are exchanged, and the
+expert matrices if they are gathered; and the whole step [tokens, V]."""
+
+WORKING = {"rows": 8, "hidden": 6, "weights": 1.3, "logits": 2, "gradients": 2}
+"""How many such arrays are live at once beside what is kept; gradients are float32, of all weights.
+What is recomputed and not kept adds two more of its kind."""
+
+
+class Estimate(NamedTuple):
+    """Of one device and one step."""
+
+    bytes: dict[str, float]
+    """By purpose: state, gradients, kept, working."""
+    flops: float
+    """Of matrix products and attention, recomputation included."""
+    seconds: dict[str, float]
+    """arithmetic, memory, interconnect: they follow one another."""
+
+    @property
+    def total_bytes(self) -> float:
+        return sum(self.bytes.values())
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+
+class Sizes(NamedTuple):
+    """What one device holds of the arrays of a microbatch."""
+
+    tokens: int
+    rows: int
+    """(token, expert) pairs in use, of balanced experts."""
+    buffer: int
+    """Rows that it has room for."""
+    exchanged: bool
+    item: int
+    """Bytes of a number that is computed with."""
+    hidden: int
+    """F over the tensor axis."""
+    heads: float
+    """Share of the attention heads, and of the vocabulary."""
+    matrices: float
+    """Numbers of a layer's expert matrices, gathered."""
+
+
+def sizes_of(config: Config) -> Sizes:
+    """Of a config that drops nothing for a capacity."""
+    model, mesh, training = config.model, config.mesh, config.training
+    sequences = training.batch_size // training.gradient_accumulation // mesh.batch_shards
+    tokens = sequences * training.sequence_length
+    exchange = exchanges.make(
+        model.exchange or ("ragged" if mesh.expert > 1 else "local"),
+        "",
+        mesh.expert,
+        tokens=tokens,
+        experts=model.num_local_experts,
+        per_token=model.num_experts_per_tok,
+        receive_factor=model.receive_factor,
+    )
+    hidden = model.intermediate_size // mesh.tensor
+    local = model.num_local_experts // mesh.expert
+    return Sizes(
+        tokens=tokens,
+        rows=tokens * model.num_experts_per_tok,
+        buffer=exchange.receive_rows,
+        exchanged=mesh.expert > 1,
+        item=DTYPE_BYTES[model.compute_dtype or "bfloat16"],
+        hidden=hidden,
+        heads=1 / mesh.tensor,
+        matrices=3 * local * model.hidden_size * hidden,
+    )
+
+
+def estimate(config: Config, target: SliceName, slices: int = 1) -> Estimate:
+    """Memory, arithmetic and time of a config's training step."""
+    sizes, steps = sizes_of(config), config.training.gradient_accumulation
+    products, attention = _products(config, sizes), _attention_flops(config, sizes)
+    chip, seconds = target.chip, _product_seconds(config, sizes, target.chip)
+    seconds += attention / (ATTENTION_UTILISATION * chip.peak_flops)
+    return Estimate(
+        bytes=_memory(config, sizes),
+        flops=steps * (sum(products) + attention),
+        seconds={
+            "arithmetic": steps * seconds,
+            "memory": _traffic(config, sizes, steps) / chip.priced_bytes,
+            "interconnect": _interconnect(config, sizes, target, slices),
+        },
+    )
+
+
+# ---- arithmetic --------------------------------------------------------------------------------
+
+
+def _products(config: Config, sizes: Sizes) -> tuple[float, float]:
+    """FLOPs of the products outside the experts, and of the experts, of one microbatch."""
+    model, kept = config.model, KEPT.get(config.model.remat, ())
+    width, head = model.hidden_size, model.head_size * sizes.heads
+    again = float(model.remat != "none")
+    into = 2 * width * head * (model.num_attention_heads + 2 * model.num_key_value_heads)
+    out = 2 * width * head * model.num_attention_heads
+    router = 2 * width * model.num_local_experts
+    into *= 3 + again * ("attention_qkv" not in kept)
+    out *= 3 + again * ("attention_out" not in kept)
+    router *= 3 + again
+    last = 3 * 2 * width * model.vocab_size * sizes.heads
+    dense = sizes.tokens * (model.num_hidden_layers * (into + out + router) + last)
+    expert = 2 * sizes.rows * width * sizes.hidden * (9 + recomputed_products(model))
+    return dense, model.num_hidden_layers * expert
+
+
+def recomputed_products(model: ModelConfig) -> int:
+    """Of the experts' three, those that the backward pass computes again."""
+    kept = KEPT.get(model.remat, KEPT["matmuls"])
+    return sum(name not in kept for name in ("expert_gate", "expert_up", "expert_out"))
+
+
+def _product_seconds(config: Config, sizes: Sizes, chip: Chip) -> float:
+    """Of the products of one microbatch: an expert's may wait for memory (megablox.py's tiles)."""
+    dense, expert = _products(config, sizes)
+    layers, width, rows = config.model.num_hidden_layers, config.model.hidden_size, sizes.rows
+    local = config.model.num_local_experts // config.mesh.expert
+    tile = max(megablox.HIDDEN_TILE, 1)
+    left = rows * width * math.ceil(sizes.hidden / tile)
+    matrix = width * sizes.hidden
+    row_tiles = rows / megablox.ROW_TILE + local
+    forward = sizes.item * (left + matrix * row_tiles + rows * sizes.hidden)
+    right = rows * sizes.hidden * math.ceil(width / tile)
+    gradient = sizes.item * (left + right + local * matrix)
+    one = expert / layers / (9 + recomputed_products(config.model)) / chip.priced_flops
+    each = max(one, forward / chip.priced_bytes), max(one, gradient / chip.priced_bytes)
+    experts = (6 + recomputed_products(config.model)) * each[0] + 3 * each[1]
+    return dense / chip.priced_flops + layers * experts
+
+
+def _attention_flops(config: Config, sizes: Sizes) -> float:
+    """Of the products of scores and weights, causal where the kernel is splash."""
+    model, length = config.model, config.training.sequence_length
+    aligned = splash.fits(length, model.head_size) and model.attention != "xla"
+    share, products = 1.0, 6 + 2 * (model.remat != "none")
+    if aligned:
+        blocks = length / next(block for block in splash.BLOCKS if length % block == 0)
+        share = (blocks + 1) / (2 * blocks)
+        kept = splash.KEPT in KEPT.get(model.remat, KEPT["matmuls"])
+        products = 7 + 2 * (not kept)
+    heads = model.num_attention_heads * sizes.heads
+    one = 2 * sizes.tokens * length * share * heads * model.head_size
+    return model.num_hidden_layers * products * one
+
+
+# ---- memory ------------------------------------------------------------------------------------
+
+
+def parameters(config: Config) -> float:
+    """Parameters that one device holds; the few norms are on every device."""
+    model, mesh = config.model, config.mesh
+    everywhere = mesh.fsdp * mesh.expert * mesh.tensor
+    norms = (2 * model.num_hidden_layers + 1) * model.hidden_size
+    return (model.num_parameters - norms) / everywhere + norms
+
+
+def kept_bytes(config: Config, sizes: Sizes) -> float:
+    """What one layer's forward pass leaves for the backward pass."""
+    model = config.model
+    width, head = model.hidden_size, model.head_size * sizes.heads
+    queries, keys = model.num_attention_heads, model.num_key_value_heads
+    every = {
+        "attention_qkv": sizes.tokens * head * (queries + 2 * keys) * sizes.item,
+        "attention_kernel": sizes.tokens * queries * (head * sizes.item + 4 * sizes.heads),
+        "attention_out": sizes.tokens * width * sizes.item,
+        "routing": sizes.rows * 8,
+        "expert_gate": sizes.buffer * sizes.hidden * sizes.item,
+        "expert_up": sizes.buffer * sizes.hidden * sizes.item,
+        "expert_out": sizes.rows * width * sizes.item,
+    }
+    layer_input = sizes.tokens * width * sizes.item
+    if model.remat == "none":  # also both norms' inputs and outputs, sent rows and the activation
+        more = 4 * sizes.tokens * width * 4 + 2 * sizes.buffer * width * sizes.item
+        return layer_input + sum(every.values()) + every["expert_up"] + more
+    names = every.keys() & set(KEPT[model.remat])  # others are of other platforms' kernels
+    return layer_input + sum(every[name] for name in names)
+
+
+def _memory(config: Config, sizes: Sizes) -> dict[str, float]:
+    model, held = config.model, parameters(config)
+    kept = KEPT.get(model.remat, KEPT["matmuls"])
+    again_hidden = sum(name not in kept for name in ("expert_gate", "expert_up"))
+    again_rows = 2 * ("expert_out" not in kept)
+    hidden = sizes.buffer * sizes.hidden * sizes.item * (WORKING["hidden"] + again_hidden)
+    rows = sizes.buffer * model.hidden_size * sizes.item * (WORKING["rows"] + again_rows)
+    weights = sizes.matrices * sizes.item * WORKING["weights"]
+    logits = sizes.tokens * model.vocab_size * sizes.heads * 4 * WORKING["logits"]
+    accumulated = 4 * held * (config.training.gradient_accumulation > 1)
+    return {
+        "state": 3 * held * DTYPE_BYTES[model.param_dtype],
+        "gradients": 4 * held * WORKING["gradients"] + accumulated,
+        "kept": model.num_hidden_layers * kept_bytes(config, sizes),
+        "working": max(hidden + rows + weights, logits),
+    }
+
+
+def _traffic(config: Config, sizes: Sizes, steps: int) -> float:
+    """Bytes that a step moves beside its matrix products."""
+    model, mesh = config.model, config.mesh
+    row = sizes.buffer * model.hidden_size * sizes.item
+    layer = (
+        PASSES["tokens"] * sizes.tokens * model.hidden_size * sizes.item
+        + (PASSES["rows"] + PASSES["exchanged"] * sizes.exchanged) * row
+        + PASSES["hidden"] * sizes.buffer * sizes.hidden * sizes.item
+        + PASSES["weights"] * sizes.matrices * sizes.item * (mesh.fsdp > 1)
+    )
+    logits = PASSES["logits"] * sizes.tokens * model.vocab_size * sizes.heads * 4
+    update = parameters(config) * (6 * DTYPE_BYTES[model.param_dtype] + 4)
+    return steps * (model.num_hidden_layers * layer + logits) + update
+
+
+# ---- interconnect ------------------------------------------------------------------------------
+
+
+def _interconnect(config: Config, sizes: Sizes, target: SliceName, slices: int) -> float:
+    """Time on the links: gathers, exchanges, sums over copies and over parts of a product."""
+    model, mesh, chip = config.model, config.mesh, target.chip
+    steps, layers = config.training.gradient_accumulation, model.num_hidden_layers
+    across_data = slices if mesh.data > 1 else 1
+    data, fsdp = mesh.data // across_data, mesh.fsdp * across_data // slices
+    links = torus.lay_out(target, (data, fsdp, mesh.expert, mesh.tensor))
+    experts = sizes.matrices * sizes.item
+    attention = model.head_size * (model.num_attention_heads + model.num_key_value_heads)
+    dense = 2 * model.hidden_size * attention * sizes.heads * sizes.item
+    ends = 2 * model.vocab_size * model.hidden_size * sizes.heads * sizes.item
+    both = fsdp * mesh.expert
+    gather = 3 * torus.staged_gather_seconds(experts, fsdp, links[1], chip)
+    gather += 3 * torus.gather_seconds(dense, both, links[1] + links[2], chip)
+    exchange = 0.0
+    if sizes.exchanged:
+        sent = sizes.rows if model.exchange != "padded" else sizes.buffer
+        times = 5 + (recomputed_products(model) > 0)
+        sent *= model.hidden_size * sizes.item
+        exchange = times * torus.all_to_all_seconds(sent, links[2], chip)
+    times = 4 + 2 * (model.remat != "none")
+    summed = 2 * times * sizes.tokens * model.hidden_size * sizes.item
+    parts = torus.gather_seconds(summed, mesh.tensor, links[3], chip)
+    step = layers * (gather + exchange + parts)
+    step += 2 * torus.gather_seconds(ends, both, links[1] + links[2], chip)
+    held = parameters(config) * sizes.item
+    copies = 2 * torus.gather_seconds(held, data, links[0], chip)
+    network = torus.network_seconds(held, slices, chip) if slices > 1 else 0.0
+    return steps * (step + copies + network)

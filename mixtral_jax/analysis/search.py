@@ -1,0 +1,134 @@
+"""The meshes, batches and policies that a model may train with on a slice, by the cost model."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from mixtral_jax.analysis import torus
+from mixtral_jax.analysis.chips import SliceName
+from mixtral_jax.analysis.cost_model import Estimate, estimate
+from mixtral_jax.config import REMAT_POLICIES, Config, InputError, MeshConfig, check_mesh
+from mixtral_jax.model.flops import training_flops_per_token
+
+SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 36, 48, 64)
+"""For each part that the batch is split into."""
+ROOM = 0.95
+"""Of a device's memory, what a plan may take by the cost model, whose error it must hold."""
+RECEIVE_FACTOR = 1.25
+"""Room for rows received that is tried beside that for the worst case."""
+
+
+class Plan(NamedTuple):
+    """A config, and what it takes."""
+
+    config: Config
+    estimate: Estimate
+    tokens_per_second: float
+    """Of one chip."""
+    mfu: float
+
+    @property
+    def key(self) -> tuple:
+        """What plans are compared by: of those with the same, only the best is of interest."""
+        model = self.config.model
+        return self.config.mesh, model.exchange, model.receive_factor, model.param_dtype
+
+
+class Choices(NamedTuple):
+    """What to search beside the mesh."""
+
+    param_dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    batch_size: int | None = None
+    """Sequences in a step, made of as many microbatches as it takes; None is free."""
+
+
+def meshes(base: Config, target: SliceName, slices: int) -> Iterator[MeshConfig]:
+    """The meshes over all devices that the model's sizes split over and that fit the torus."""
+    devices = target.devices * slices
+    sizes = [n for n in range(1, devices + 1) if devices % n == 0]
+    for data, fsdp, expert in itertools.product(sizes, repeat=3):
+        if devices % (data * fsdp * expert):
+            continue
+        mesh = MeshConfig(data, fsdp, expert, devices // (data * fsdp * expert))
+        try:
+            check_mesh(base.model, mesh)
+        except InputError:
+            continue
+        if _lies_on(mesh, target, slices):
+            yield mesh
+
+
+def _lies_on(mesh: MeshConfig, target: SliceName, slices: int) -> bool:
+    """Whether the data axis, or fsdp without one, spans the slices, and all lie on the torus."""
+    outer = mesh.data if mesh.data > 1 else mesh.fsdp
+    if outer % slices:
+        return False
+    inner = [mesh.data, mesh.fsdp, mesh.expert, mesh.tensor]
+    inner[0 if mesh.data > 1 else 1] //= slices
+    return torus.fits(target, inner)
+
+
+def plans(base: Config, target: SliceName, slices: int, choices: Choices) -> list[Plan]:
+    """The best plan for each mesh, exchange and type of weights, best first.
+
+    Plans that do not fit are left out.
+    """
+    best: dict[tuple, Plan] = {}
+    for mesh in meshes(base, target, slices):
+        for config in _configs(base, mesh, choices):
+            plan = judge(config, target, slices)
+            known = best.get(plan.key)
+            if fits(plan, target) and (
+                known is None or plan.tokens_per_second > known.tokens_per_second
+            ):
+                best[plan.key] = plan
+    return sorted(best.values(), key=lambda plan: -plan.tokens_per_second)
+
+
+def fits(plan: Plan, target: SliceName) -> bool:
+    return plan.estimate.total_bytes <= ROOM * target.chip.hbm_bytes
+
+
+def judge(config: Config, target: SliceName, slices: int) -> Plan:
+    """What the cost model says of a config."""
+    found, training, chip = estimate(config, target, slices), config.training, target.chip
+    chips = target.devices * slices / chip.per_chip
+    speed = training.batch_size * training.sequence_length / chips / found.step_seconds
+    flops = training_flops_per_token(config.model, training.sequence_length)
+    return Plan(config, found, speed, speed * flops / (chip.per_chip * chip.peak_flops))
+
+
+def _configs(base: Config, mesh: MeshConfig, choices: Choices) -> Iterator[Config]:
+    """The base on a mesh with every policy, exchange, type and size of batch."""
+    exchanges = [("", None)]
+    if mesh.expert > 1:
+        exchanges = [("ragged", None), ("ragged", RECEIVE_FACTOR), ("padded", RECEIVE_FACTOR)]
+    policies = [name for name in REMAT_POLICIES if name != "none" or base.model.remat == "none"]
+    for remat, (exchange, factor), dtype in itertools.product(
+        policies, exchanges, choices.param_dtypes
+    ):
+        model = dataclasses.replace(
+            base.model,
+            remat=remat,
+            exchange=exchange,
+            receive_factor=factor,
+            capacity_factor=None,
+            param_dtype=dtype,
+        )
+        for batch, steps in _batches(mesh.batch_shards, choices.batch_size):
+            training = dataclasses.replace(
+                base.training, batch_size=batch, gradient_accumulation=steps
+            )
+            yield dataclasses.replace(base, model=model, mesh=mesh, training=training)
+
+
+def _batches(shards: int, wanted: int | None) -> list[tuple[int, int]]:
+    """(sequences in a step, microbatches)."""
+    if wanted is None:
+        return [(count * shards, 1) for count in SEQUENCES]
+    if wanted % shards:
+        return []
+    return [(wanted, wanted // shards // n) for n in SEQUENCES if wanted // shards % n == 0]

@@ -1,0 +1,142 @@
+"""The planner: what it proposes, its commands, and mistakes."""
+
+import json
+import shlex
+import time
+
+import pytest
+import yaml
+from tiny import MODEL, TRAINING
+
+from mixtral_jax import config_io
+from mixtral_jax.analysis import chips, plan, search
+from mixtral_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
+
+BASE = Config(
+    ModelConfig(preset="mixtral_8x7b"),
+    training=TrainingConfig(sequence_length=4096, batch_size=1),
+    data=DataConfig(source="synthetic"),
+)
+FLAGS = ["--model", "mixtral_8x7b", "--sequence-length", "4096", "--compile", "0"]
+
+
+@pytest.fixture(scope="module")
+def plans():
+    began = time.monotonic()
+    found = search.plans(BASE, chips.parse("v5p:4x4x4"), 1, search.Choices())
+    assert time.monotonic() - began < 60
+    return found
+
+
+def test_plans_fit_and_are_ranked(plans):
+    speeds = [found.tokens_per_second for found in plans]
+    assert speeds == sorted(speeds, reverse=True)
+    assert all(found.estimate.total_bytes < 0.95 * 95 * 2**30 for found in plans)
+    assert len({found.key for found in plans}) == len(plans)
+    assert all(found.config.mesh.size == 64 for found in plans)
+    assert all(0 < found.mfu < 0.9 for found in plans)
+
+
+def test_bounded_buffers_beat_the_worst_case_and_experts_spread_beat_copies(plans):
+    def best(**wanted):
+        return max(
+            found.tokens_per_second
+            for found in plans
+            if wanted.items() <= {**vars(found.config.mesh), **vars(found.config.model)}.items()
+        )
+
+    ragged = {"expert": 4, "exchange": "ragged", "param_dtype": "float32"}
+    assert best(**ragged, receive_factor=1.25) > best(**ragged, receive_factor=None)
+    assert best(fsdp=64) > best(fsdp=8, tensor=8)
+    assert best(param_dtype="bfloat16") >= best(param_dtype="float32")
+
+
+def test_a_batch_asked_for_is_made_of_microbatches():
+    found = search.plans(BASE, chips.parse("v5p:4x4x4"), 1, search.Choices(batch_size=1024))
+    assert found
+    for one in found:
+        training = one.config.training
+        assert training.batch_size == 1024
+        assert training.gradient_accumulation * one.config.mesh.batch_shards <= 1024
+
+
+def test_slices_lie_on_data_or_on_fsdp_alone():
+    target = chips.parse("v5p:2x2x1")
+    for mesh in search.meshes(BASE, target, 2):
+        assert mesh.size == 8
+        assert (mesh.data if mesh.data > 1 else mesh.fsdp) % 2 == 0
+
+
+def test_a_command_says_all_of_its_plan(tmp_path, capsys):
+    file = tmp_path / "plans.json"
+    flags = ["--topology", "v5p:4x4x4", "--top", "2", "--report", str(file)]
+    assert plan.main([*FLAGS, *flags, "model.load_balance_weight=0.03"]) == 0
+    shown, report = capsys.readouterr().out, json.loads(file.read_text())
+    assert len(report) > 10
+    assert shown.count("python train.py") == 2
+    for described in report[:5]:
+        words = shlex.split(described["command"])
+        assert words[:2] == ["python", "train.py"]
+        assert words[-2:] == ["--compile-only", "v5p:4x4x4"]
+        config = config_io.load(words[3], words[4:-2])
+        assert vars(config.mesh) == described["mesh"]
+        assert config.model.load_balance_weight == 0.03
+        assert config.model.remat == described["remat"]
+        assert config.model.param_dtype == described["param_dtype"]
+        assert config.training.batch_size == described["batch_size"]
+        assert config.training.sequence_length == 4096
+
+
+@pytest.mark.tpu_compile
+def test_the_best_are_compiled(tmp_path, capsys, optimized):
+    pytest.importorskip("libtpu", reason="libtpu is not installed: nothing compiles for TPU here")
+    path, file = tmp_path / "tiny.yaml", tmp_path / "plans.json"
+    model = {**vars(MODEL), "num_hidden_layers": 1}
+    sections = {"model": model, "training": vars(TRAINING), "data": {"source": "synthetic"}}
+    path.write_text(yaml.safe_dump(sections))
+    flags = [
+        "--config",
+        str(path),
+        "--topology",
+        "v5e:1x1",
+        "--compile",
+        "1",
+        "--report",
+        str(file),
+    ]
+    assert plan.main([*flags, "--batch-size", "4"]) == 0
+    best = json.loads(file.read_text())[0]
+    assert best["compiled"]["fits"] is True
+    speed = best["compiled"]["estimated_tokens_per_second_per_chip"]
+    assert f"{speed:,.0f}" in capsys.readouterr().out
+    assert "--compile-only v5e:1x1" in best["command"]
+
+
+def test_a_model_too_large_is_said_so(capsys):
+    assert plan.main([*FLAGS, "--topology", "v5e:2x2"]) == 1
+    assert "nothing fits on 1 x v5e:2x2: use more chips" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology", "v9:4x4"], "'v9:4x4' must look like v5p:4x4x4"),
+        (["--topology", "v5p:4x4"], "'v5p:4x4' has 2 axes and v5p 3"),
+        (["--topology", "v5p:4x4x4", "--model", "mixtral"], "model.preset='mixtral' is not one of"),
+        (
+            ["--topology", "v5p:4x4x4", "--sequence-length", "40000"],
+            "sequence_length=40000 is more",
+        ),
+        (["--topology", "v5p:4x4x4", "--slices", "0"], "--slices 0 must be at least 1"),
+        (["--topology", "v5p:4x4x4", "--compile", "-1"], "--compile -1 must be at least 0"),
+        (["--topology", "v5p:4x4x4", "--report", "/no/such/x"], "there is no folder /no/such"),
+        ([], "--topology"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line(capsys, flags, message):
+    assert plan.main([*FLAGS, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
