@@ -8,6 +8,9 @@ With --chat, each prompt is a message of a user's, in the template of the checkp
 Without a prompt there is a conversation: a message a line on standard input, up to its end; /new
 begins anew, with an empty history; Ctrl-C stops an answer. The history is never cut: a message that
 the context has no room for is not answered, which ends the program unless it reads from a terminal.
+
+With --compile-only v5p:2x2x1 nothing is generated: the programs of a config's model (--config) are
+compiled for that TPU slice, which need not be there, and a report says what they take.
 """
 
 import argparse
@@ -29,7 +32,9 @@ def make_parser() -> Parser:
         parser.add_argument(f"--{name}", metavar=metavar, type=kind, default=value, help=help)
 
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="a run folder, or one of its steps")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--checkpoint", metavar="DIR", help="a run folder, or one of its steps")
+    model.add_argument("--config", metavar="FILE", help="a model's sizes; with --compile-only")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", metavar="TEXT", help="what to go on from; may be empty")
     prompts.add_argument("--prompt-file", metavar="FILE", help="prompts, one a line")
@@ -42,7 +47,28 @@ def make_parser() -> Parser:
     option("seed", "S", int, "the same seed gives the same answer, in any batch")
     place = "where to compute: mesh.expert=4, model.exchange=padded, model.compute_dtype=float32"
     add("overrides", nargs="*", metavar="section.key=value", help=place)
+    only = parser.add_argument_group("compile reports")
+    only.add_argument("--compile-only", metavar="SLICE", help="compile for a TPU slice, and stop")
+    only.add_argument("--slices", metavar="N", type=int, default=1, help="that many of them")
+    only.add_argument("--sequences", metavar="B", type=int, help="prompts in the batch")
+    only.add_argument("--prompt-length", metavar="L", type=int, default=1024, help="their tokens")
+    only.add_argument("--report", metavar="FILE", default="", help="the report, as JSON")
     return parser
+
+
+def compile_only(arguments: argparse.Namespace) -> int:
+    """Report on prefill and decode of a config's model, by default of a prompt for each share."""
+    if arguments.config is None or arguments.compile_only is None:
+        raise InputError("--compile-only SLICE and --config FILE belong together")
+    from mixtral_jax.analysis import generation_report  # only now: it loads JAX
+
+    config = generation_report.read_config(arguments.config, arguments.overrides)
+    sequences = arguments.sequences
+    if sequences is None:
+        sequences = config.mesh.batch_shards
+    batch = generation_report.Batch(sequences, arguments.prompt_length, arguments.max_new_tokens)
+    name, path, slices = arguments.compile_only, arguments.report, arguments.slices
+    return generation_report.run(config, name, batch, path, slices)
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str] | None:
@@ -61,6 +87,10 @@ def read_prompts(arguments: argparse.Namespace) -> list[str] | None:
 def main(argv: list[str] | None = None) -> int:
     try:
         arguments = make_parser().parse_intermixed_args(argv)
+        if arguments.compile_only is not None or arguments.config is not None:
+            return compile_only(arguments)
+        if arguments.report:
+            raise InputError(f"--report {arguments.report} needs --compile-only SLICE")
         options = request.Options(
             max_new_tokens=arguments.max_new_tokens,
             temperature=arguments.temperature,

@@ -72,12 +72,22 @@ def compile_report(config: Config, name: str, slices: int = 1) -> dict[str, Any]
 
 
 def _estimates(priced: Price, report: dict[str, Any], target: topology.Slice) -> dict[str, Any]:
+    found = estimates(priced, target)
+    step, peak = found["estimated_step_seconds"], target.chip.per_chip * target.chip.peak_flops
+    return {
+        **found,
+        "estimated_tokens_per_second_per_chip": report["tokens_per_chip"] / step,
+        "estimated_mfu": report["model_flops"] / step / peak,
+    }
+
+
+def estimates(priced: Price, target: topology.Slice) -> dict[str, Any]:
+    """What a report says of a program's price, per chip."""
     devices, chip = target.chip.per_chip, target.chip
     flops = priced.compiled.flops + priced.unpriced.flops
     seconds = priced.compiled.seconds + priced.unpriced.seconds
     expected_flops = flops - priced.surplus.flops
     expected_seconds = seconds - priced.surplus.seconds
-    step = expected_seconds + priced.interconnect_seconds
     moved = priced.compiled.bytes - priced.surplus.bytes
     return {
         "compiled_flops": devices * flops,
@@ -95,9 +105,7 @@ def _estimates(priced: Price, report: dict[str, Any], target: topology.Slice) ->
         "interconnect_seconds": priced.interconnect_seconds,
         "arithmetic_seconds": expected_flops / chip.peak_flops,
         "memory_seconds": moved / chip.hbm_bytes_per_second,
-        "estimated_step_seconds": step,
-        "estimated_tokens_per_second_per_chip": report["tokens_per_chip"] / step,
-        "estimated_mfu": report["model_flops"] / step / (devices * chip.peak_flops),
+        "estimated_step_seconds": expected_seconds + priced.interconnect_seconds,
     }
 
 
@@ -117,6 +125,11 @@ def table(report: dict[str, Any]) -> str:
     ]
     if report["fits"]:
         rows += _estimate_rows(report)
+    return aligned(rows)
+
+
+def aligned(rows: list[tuple[str, str]]) -> str:
+    """Names and values as lines."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
@@ -161,10 +174,20 @@ def run(config: Config, name: str, path: str = "", slices: int = 1) -> int:
     Raises:
       InputError: as compile_report, or if there is no folder for the file.
     """
-    if path and not pathlib.Path(path).absolute().parent.is_dir():  # now, not minutes later
-        raise InputError(f"--report {path}: there is no folder {pathlib.Path(path).parent}")
+    check_path(path)
     report = compile_report(config, name, slices)
-    if path:
-        pathlib.Path(path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(report, path)
     print(table(report))
     return 0 if report["fits"] else 1
+
+
+def check_path(path: str) -> None:
+    """Refuse a report's file that cannot be written, now and not minutes later."""
+    if path and not pathlib.Path(path).absolute().parent.is_dir():
+        raise InputError(f"--report {path}: there is no folder {pathlib.Path(path).parent}")
+
+
+def write(report: Any, path: str) -> None:
+    """Write a report as JSON, if a file is named."""
+    if path:
+        pathlib.Path(path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ import jax
 from mixtral_jax.analysis import topology
 from mixtral_jax.analysis.collectives import read_collectives
 from mixtral_jax.analysis.custom_calls import Cost, missing_seconds, read_calls, surplus, unpriced
-from mixtral_jax.config import Config
+from mixtral_jax.config import Config, ModelConfig
 from mixtral_jax.data.packing import Batch
 from mixtral_jax.model.moe import exchange_of
 from mixtral_jax.training.placement import Placement
@@ -73,12 +74,19 @@ NOTHING = Price(FREE, FREE, FREE, 0.0, {})
 
 def price(config: Config, mesh: jax.sharding.Mesh, target: topology.Slice) -> Price:
     """What one device does in a step: layers and microbatches counted as often as they run."""
-    layers, steps = config.model.num_hidden_layers, config.training.gradient_accumulation
-    one = price_of_layers(config, mesh, target, 1)
+    once = extrapolate(
+        lambda layers: price_of_layers(config, mesh, target, layers),
+        config.model.num_hidden_layers,
+    )
+    return NOTHING.plus(once, config.training.gradient_accumulation)
+
+
+def extrapolate(price_of_some: Callable[[int], Price], layers: int) -> Price:
+    """The price of that many layers, from those of one and of two."""
+    one = price_of_some(1)
     if layers == 1:
-        return NOTHING.plus(one, steps)
-    added = price_of_layers(config, mesh, target, 2).plus(one, -1)
-    return NOTHING.plus(one.plus(added, layers - 1), steps)
+        return one
+    return one.plus(price_of_some(2).plus(one, -1), layers - 1)
 
 
 def price_of_layers(
@@ -123,10 +131,14 @@ def price_of(
 
 
 def rows_in_use(config: Config, mesh: jax.sharding.Mesh) -> float:
-    """The share of the experts' buffers that balanced experts fill."""
-    training, model = config.training, config.model
+    """The share of the experts' buffers that balanced experts fill in training."""
+    training = config.training
     rows = training.batch_size // training.gradient_accumulation // config.mesh.batch_shards
-    tokens = rows * training.sequence_length
+    return share_in_use(config.model, mesh, rows * training.sequence_length)
+
+
+def share_in_use(model: ModelConfig, mesh: jax.sharding.Mesh, tokens: int) -> float:
+    """The same, where each device has that many tokens."""
     with jax.set_mesh(mesh):
         buffer = exchange_of(model, tokens).receive_rows
     balanced = tokens * model.num_experts_per_tok * min(1.0, model.capacity_factor or 1.0)

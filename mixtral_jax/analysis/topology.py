@@ -94,6 +94,8 @@ def get_devices(name: str, slices: int = 1) -> list[jax.Device]:
     options = {"num_slices": slices} if slices > 1 else {}
     if name.startswith("v4:"):  # otherwise a device is one of a chip's two cores
         options["chip_config_name"] = "megacore"
+    if set(parse(name).shape) == {1}:
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         return list(topologies.get_topology_desc(name, platform="tpu", **options).devices)
     except Exception as error:  # whatever libtpu raises

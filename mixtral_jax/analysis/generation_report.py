@@ -1,0 +1,242 @@
+"""What prefill and decode take on a TPU slice, from its compiler alone.
+
+The two programs of generation/engine.py for one batch whose prompts are all of one length, priced
+as a training step is (compile_report.py). Beside the estimate of a decoding step stands its limit:
+the time that reading what it must read takes at the chip's memory bandwidth, namely a device's
+share of the weights, of the experts those that the batch visits if it visits them at random, and
+its share of the cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from mixtral_jax import config_io, sharding
+from mixtral_jax.analysis import prices, topology
+from mixtral_jax.analysis.compile_report import aligned, check_path, estimates, write
+from mixtral_jax.analysis.memory import bytes_of, memory_of
+from mixtral_jax.config import Config, InputError, ModelConfig
+from mixtral_jax.generation.engine import Rows, bucket, prefill, programs
+from mixtral_jax.generation.sampling import Parameters
+from mixtral_jax.model.mixtral import abstract_state
+
+EOS = 2
+
+
+class Batch(NamedTuple):
+    """What is generated."""
+
+    sequences: int
+    prompt_length: int
+    max_new_tokens: int
+
+
+def read_config(path: str, overrides: Sequence[str]) -> Config:
+    """The model and the mesh of a YAML config, whatever it says of training and data.
+
+    Raises:
+      InputError: with one line that names the value and what was expected.
+    """
+    values = config_io.apply_overrides(config_io.read_yaml(path), overrides)
+    mesh = values.get("mesh") or {}
+    devices = math.prod(n for n in mesh.values() if type(n) is int)
+    training = {"sequence_length": 1, "batch_size": max(devices, 1)}  # that splits over any mesh
+    return config_io.from_dict(
+        {"model": values.get("model") or {}, "mesh": mesh, "training": training}
+    )
+
+
+class Program(NamedTuple):
+    """A program and what it takes; compile it with the mesh set."""
+
+    function: Any
+    arguments: tuple
+    options: dict[str, int]
+
+    def compile(self, mesh, options=None) -> jax.stages.Compiled:
+        with jax.set_mesh(mesh):
+            lowered = self.function.lower(*self.arguments, **self.options)
+            return lowered.compile(compiler_options=options)
+
+
+def two_programs(model: ModelConfig, mesh: jax.sharding.Mesh, batch: Batch) -> dict[str, Program]:
+    """`prefill` and `decode` for a batch on a mesh."""
+    context = model.max_position_embeddings
+    length = bucket(batch.prompt_length, context)
+    slots = min(length + bucket(batch.max_new_tokens, context), context)
+    graphdef, state = abstract_state(model)
+    params = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        state,
+        sharding.param_shardings(state, mesh),
+    )
+
+    def array(dtype, *shape):
+        where = sharding.batch_sharding(mesh)
+        return jax.ShapeDtypeStruct((batch.sequences, *shape), dtype, sharding=where)
+
+    whole, real = array(jnp.int32), array(jnp.float32)
+    rows = Rows(whole, whole, array(jnp.uint32), Parameters(real, whole, real))
+    tokens = array(jnp.int32, length)
+    first, step = programs(graphdef, EOS)
+    with jax.set_mesh(mesh):
+        made = partial(prefill, graphdef, EOS, slots=slots)
+        progress, _ = jax.eval_shape(made, params, tokens, rows)
+    progress = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(
+            a.shape, a.dtype, sharding=NamedSharding(mesh, a.sharding.spec)
+        ),
+        progress,
+    )
+    return {
+        "prefill": Program(first, (params, tokens, rows), {"slots": slots}),
+        "decode": Program(step, (params, progress, rows), {}),
+    }
+
+
+def generation_report(
+    config: Config, name: str, batch: Batch, slices: int = 1
+) -> dict[str, dict[str, Any]]:
+    """The reports of prefill and decode, per chip; `estimated_step_seconds` is of one run of each.
+
+    Raises:
+      InputError: for a slice, mesh or batch that cannot be, or if libtpu is not installed.
+    """
+    target = topology.get_slice(name, slices)
+    mesh, model = topology.make_mesh(config.mesh, target), config.model.dropless()
+    _check(config, batch)
+    whole = two_programs(model, mesh, batch)
+    report = {"topology": target.name, "chips": target.chips, **batch._asdict()}
+    for kind, program in whole.items():
+        found = memory_of(
+            partial(program.compile, mesh), program.arguments, int(target.chip.hbm_bytes)
+        )
+        if found["fits"]:
+            found.update(estimates(price_of(kind, config, mesh, target, batch), target))
+            tokens = batch.sequences * (batch.prompt_length if kind == "prefill" else 1)
+            speed = tokens / target.chips / found["estimated_step_seconds"]
+            found["estimated_tokens_per_second_per_chip"] = speed
+        report[kind] = found
+    read = read_bytes(config, batch, bytes_of(whole["decode"].arguments[1].cache))
+    seconds = read / target.chip.hbm_bytes_per_second
+    report["decode"] |= {
+        "limit_bytes": read,
+        "limit_seconds": seconds,
+        "limit_tokens_per_second_per_chip": batch.sequences / target.chips / seconds,
+    }
+    return report
+
+
+def price_of(
+    kind: str, config: Config, mesh: jax.sharding.Mesh, target: topology.Slice, batch: Batch
+) -> prices.Price:
+    """The price of one run of `prefill` or of `decode`."""
+    model = config.model.dropless()
+    length = 1
+    if kind == "prefill":
+        length = bucket(batch.prompt_length, model.max_position_embeddings)
+    tokens = batch.sequences // config.mesh.batch_shards * length
+    share = prices.share_in_use(model, mesh, tokens)
+
+    def of_layers(layers: int) -> prices.Price:
+        few = dataclasses.replace(model, num_hidden_layers=layers, scan_layers=False)
+        compiled = two_programs(few, mesh, batch)[kind].compile(mesh, prices.PRICED_WITH)
+        return prices.price_of(compiled, mesh, target, share)
+
+    return prices.extrapolate(of_layers, model.num_hidden_layers)
+
+
+def _check(config: Config, batch: Batch) -> None:
+    for name, value in batch._asdict().items():
+        if value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if batch.sequences % config.mesh.batch_shards:
+        raise InputError(
+            f"--sequences {batch.sequences} do not split over mesh.data * mesh.fsdp * mesh.expert "
+            f"= {config.mesh.batch_shards}"
+        )
+    context = config.model.max_position_embeddings
+    if batch.prompt_length + batch.max_new_tokens > context:
+        raise InputError(
+            f"--prompt-length {batch.prompt_length} and --max-new-tokens {batch.max_new_tokens} "
+            f"go beyond model.max_position_embeddings={context}"
+        )
+
+
+def read_bytes(config: Config, batch: Batch, cache: float) -> float:
+    """What one device must read for a decoding step, of weights and of its cache."""
+    model, mesh = config.model, config.mesh
+    experts, chosen = model.num_local_experts, model.num_experts_per_tok
+    # A copy of the experts serves the sequences of its own devices.
+    visited = 1 - (1 - chosen / experts) ** (batch.sequences / (mesh.data * mesh.fsdp))
+    inside = 3 * model.num_hidden_layers * experts * model.hidden_size * model.intermediate_size
+    others = model.num_parameters - inside - model.vocab_size * model.hidden_size  # rows of it
+    item = {"float32": 4, "bfloat16": 2}[model.param_dtype]
+    shares = mesh.fsdp * mesh.expert * mesh.tensor
+    return item * (inside * visited + others) / shares + cache
+
+
+# ---- output ------------------------------------------------------------------------------------
+
+
+def table(report: dict[str, Any]) -> str:
+    """A report as lines to read."""
+    gib = 2**30
+    rows = [
+        ("slice", f"{report['topology']}, {report['chips']} chips; all below per chip"),
+        (
+            "batch",
+            f"{report['sequences']} prompts of {report['prompt_length']} tokens, "
+            f"{report['max_new_tokens']} new ones each",
+        ),
+    ]
+    for kind in ("prefill", "decode"):
+        found = report[kind]
+        memory = found["bytes_per_device"]
+        fits = "fits" if found["fits"] else "does NOT fit"
+        rows.append(
+            (kind, f"{memory['total'] / gib:,.2f} of {memory['limit'] / gib:,.2f} GiB: {fits}")
+        )
+        if found["fits"]:
+            rows += _estimate_rows(found)
+    limit = report["decode"]
+    rows += [
+        ("  limit: reading", f"{limit['limit_bytes'] / 1e9:,.4g} GB"),
+        ("  limit: step", f"{limit['limit_seconds']:,.4g} s"),
+        ("  limit: tokens/s", f"{limit['limit_tokens_per_second_per_chip']:,.4g}"),
+    ]
+    return aligned(rows)
+
+
+def _estimate_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    names = {
+        "arithmetic at peak": "arithmetic_seconds",
+        "memory traffic at peak": "memory_seconds",
+        "interconnect, our model": "interconnect_seconds",
+        "compiler's estimate": "compiler_seconds",
+        "  of the rows in use": "compiler_seconds_expected_rows",
+        "step, if nothing overlaps": "estimated_step_seconds",
+    }
+    rows = [(f"  {name}", f"{found[key]:,.4g} s") for name, key in names.items()]
+    return [*rows, ("  tokens/s", f"{found['estimated_tokens_per_second_per_chip']:,.4g}")]
+
+
+def run(config: Config, name: str, batch: Batch, path: str = "", slices: int = 1) -> int:
+    """Print the report of generation on a slice, and write it to a JSON file if one is named.
+
+    Returns:
+      The exit code: 0, or 1 if prefill or decode does not fit.
+    """
+    check_path(path)
+    report = generation_report(config, name, batch, slices)
+    write(report, path)
+    print(table(report))
+    return 0 if report["prefill"]["fits"] and report["decode"]["fits"] else 1

@@ -1,0 +1,83 @@
+"""Reports of prefill and decode: of a tiny model on real compilations, and sums made by hand."""
+
+import json
+
+import pytest
+import yaml
+from tiny import MODEL, make_config
+
+import generate
+from mixtral_jax.analysis import generation_report
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    model = {**vars(MODEL), "num_hidden_layers": 1}
+    path.write_text(yaml.safe_dump({"model": model, "data": {"source": "synthetic"}}))
+    return path
+
+
+@pytest.mark.tpu_compile
+def test_prefill_and_decode_of_a_tiny_model(config_file, tmp_path, capsys, optimized):
+    pytest.importorskip("libtpu", reason="libtpu is not installed: nothing compiles for TPU here")
+    file = tmp_path / "report.json"
+    flags = ["--compile-only", "v5p:2x2x1", "--report", str(file), "--prompt-length", "12"]
+    mesh = ["mesh.fsdp=2", "mesh.expert=2"]
+    more = ["--sequences", "8", "--max-new-tokens", "3"]
+    assert generate.main(["--config", str(config_file), *flags, *more, *mesh]) == 0
+    report, shown = json.loads(file.read_text()), capsys.readouterr().out
+    prefill, decode = report["prefill"], report["decode"]
+    for found in (prefill, decode):
+        assert found["fits"] is True
+        memory = found["bytes_per_device"]
+        assert 0 < memory["arguments"] < memory["total"] < memory["limit"] == 95 * 2**30
+        assert 0 < found["estimated_step_seconds"] < 1e-3
+        assert found["collectives"]["ragged-all-to-all"]["count"] == 2  # there and back
+    # Per token, a step of one is far dearer than a prompt of many.
+    speed = decode["estimated_tokens_per_second_per_chip"]
+    assert speed == pytest.approx(8 / 4 / decode["estimated_step_seconds"])
+    assert prefill["estimated_tokens_per_second_per_chip"] > 3 * speed
+    assert decode["limit_tokens_per_second_per_chip"] > speed
+    assert "limit: tokens/s" in shown
+
+
+def test_bytes_that_a_step_of_decoding_reads():
+    mesh = {"data": 2, "fsdp": 1, "expert": 2, "tensor": 2}
+    config = make_config(mesh=mesh, training={"batch_size": 8})
+    batch = generation_report.Batch(6, 10, 3)
+    # Three sequences visit two of four experts each: 1 - (1/2)^3 of them are read.
+    experts = 2 * 4 * 3 * 24 * 20
+    others = config.model.num_parameters - experts - 38 * 24
+    wanted = 4 * (experts * 7 / 8 + others) / 4 + 1000
+    assert generation_report.read_bytes(config, batch, 1000) == pytest.approx(wanted)
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--compile-only", "v9:2x2"], "'v9:2x2' must look like v5p:4x4x4"),
+        (["--compile-only", "v5p:2x2x1"], "the mesh has 1 devices and v5p:2x2x1 has 4"),
+        (["--compile-only", "v5e:1x1", "--sequences", "0"], "--sequences 0 must be at least 1"),
+        (["--compile-only", "v5e:1x1", "--prompt-length", "99"], "--prompt-length 99 and"),
+        (
+            ["--compile-only", "v5e:2x2", "mesh.fsdp=4", "--sequences", "3"],
+            "--sequences 3 do not split over mesh.data * mesh.fsdp * mesh.expert = 4",
+        ),
+        ([], "--compile-only SLICE and --config FILE belong together"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line(config_file, capsys, flags, message):
+    pytest.importorskip("libtpu", reason="libtpu is not installed: nothing compiles for TPU here")
+    assert generate.main(["--config", str(config_file), *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_a_report_wants_a_slice(capsys):
+    assert generate.main(["--checkpoint", "x", "--prompt", "a", "--report", "r.json"]) == 2
+    assert "--report r.json needs --compile-only" in capsys.readouterr().err
