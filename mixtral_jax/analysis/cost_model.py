@@ -146,12 +146,11 @@ def _product_seconds(config: Config, sizes: Sizes, chip: Chip) -> float:
     dense, expert = _products(config, sizes)
     layers, width, rows = config.model.num_hidden_layers, config.model.hidden_size, sizes.rows
     local = config.model.num_local_experts // config.mesh.expert
-    tile = max(megablox.HIDDEN_TILE, 1)
-    left = rows * width * math.ceil(sizes.hidden / tile)
+    height, *tile = megablox.TILES_OF.get(chip.device_kind, megablox.TILES)
     matrix = width * sizes.hidden
-    row_tiles = rows / megablox.ROW_TILE + local
-    forward = sizes.item * (left + matrix * row_tiles + rows * sizes.hidden)
-    right = rows * sizes.hidden * math.ceil(width / tile)
+    left = rows * width * math.ceil(sizes.hidden / tile[1])
+    right = rows * sizes.hidden * math.ceil(width / tile[0])
+    forward = sizes.item * (left + matrix * (rows / height + local) + rows * sizes.hidden)
     gradient = sizes.item * (left + right + local * matrix)
     one = expert / layers / (9 + recomputed_products(config.model)) / chip.priced_flops
     each = max(one, forward / chip.priced_bytes), max(one, gradient / chip.priced_bytes)
