@@ -112,3 +112,33 @@ def test_seconds_between_slices():
 def test_a_slice_must_have_the_meshs_devices():
     with pytest.raises(InputError, match="has 8 devices and v5p:x has 4: set"):
         topology.make_mesh(MeshConfig(fsdp=8), fake_slice("v5p", 2, 2, 1))
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize(
+    ("name", "slices", "mesh", "chips"),
+    [
+        ("v4:2x2x2", 1, {"fsdp": 4, "expert": 2}, 8),
+        ("v5e:1x1", 1, {}, 1),
+        ("v6e:4x4", 3, {"data": 3, "fsdp": 8, "tensor": 2}, 48),
+        ("v5p:2x2x1", 2, {"fsdp": 4, "expert": 2}, 8),
+        ("tpu7x:2x2x1", 1, {"fsdp": 2, "expert": 4}, 4),
+    ],
+)
+def test_meshes_on_slices_of_every_chip(name, slices, mesh, chips):
+    pytest.importorskip("libtpu", reason="libtpu is not installed: nothing compiles for TPU here")
+    target = topology.get_slice(name, slices)
+    made = topology.make_mesh(MeshConfig(**mesh), target)
+    assert target.chips == chips
+    assert made.size == chips * target.chip.per_chip
+    assert topology.slices_of(target.devices) == slices
+    outer = made.devices.reshape(slices, -1)
+    assert all(topology.slices_of(part) == 1 for part in outer)  # slices lie one after another
+
+
+@pytest.mark.tpu_compile
+def test_an_axis_that_does_not_span_the_slices_is_refused():
+    pytest.importorskip("libtpu", reason="libtpu is not installed: nothing compiles for TPU here")
+    target = topology.get_slice("v5p:2x2x1", 2)
+    with pytest.raises(InputError, match="fsdp=1 does not split over 2 slices"):
+        topology.make_mesh(MeshConfig(expert=8), target)
