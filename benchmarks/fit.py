@@ -9,21 +9,14 @@ bf16 weights and cache. Needs libtpu (requirements-tpu.txt), not a TPU.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import os
-import pathlib
-import sys
 import time
 from functools import partial
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
 import jax
 import jax.numpy as jnp
+import measure
+import ours
 from jax.sharding import NamedSharding
 
 from mixtral_jax import config_io, sharding
@@ -46,13 +39,6 @@ TABLE = [
     ("mixtral_8x22b", "v5p:2x2x2", {"expert": 8}, 8, 4096),
     ("mixtral_8x22b", "v6e:4x4", {"expert": 8, "tensor": 2}, 8, 4096),
 ]
-
-
-def abstract(tree, mesh):
-    shardings = sharding.param_shardings(tree, mesh)
-    return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings
-    )
 
 
 def held(tree) -> int:
@@ -80,7 +66,7 @@ def fit(
     target = topologies.get_slice(topology)
     mesh = topologies.make_mesh(MeshConfig(**mesh_sizes), target)
     graphdef, state = abstract_state(config)
-    params = abstract(state, mesh)
+    params = ours.abstract(state, mesh)
 
     def rows_of(dtype, *shape):
         where = NamedSharding(mesh, sharding.spec("batch"))
@@ -121,18 +107,18 @@ def fit(
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = measure.parser(__doc__)
     parser.add_argument("--model", default="mixtral_8x7b")
     parser.add_argument("--topology", default="v5e:2x4")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--batch", type=measure.positive, default=8)
+    parser.add_argument("--context", type=measure.positive, default=4096)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="mesh.axis=N, model.exchange=padded")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.table:
         for row in TABLE:
-            print(json.dumps(fit(*row)), flush=True)
+            measure.show("fit", fit(*row))
         return
     values = config_io.apply_overrides({}, arguments.overrides)
     result = fit(
@@ -143,8 +129,8 @@ def main() -> None:
         arguments.context,
         values.get("model", {}).get("exchange", ""),
     )
-    print(json.dumps(result))
+    measure.show("fit", result)
 
 
 if __name__ == "__main__":
-    main()
+    measure.run(main)

@@ -10,7 +10,6 @@ was resident, and on CPU, where the devices' memory is the host's, the model's o
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import pathlib
@@ -21,7 +20,8 @@ import sys
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+import measure
+from measure import InputError
 
 
 def model_config(gigabytes: float):
@@ -133,41 +133,43 @@ def memory(key: str) -> None:
     STARTED[key] = pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def peak() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def measure(name: str, folder: pathlib.Path, arguments) -> dict:
+def in_a_process(name: str, folder: pathlib.Path, arguments) -> dict:
     """One task in a process of its own."""
     forget(folder)
     command = [sys.executable, __file__, "--task", name, "--folder", str(folder)]
     command += ["--sharded", str(arguments.sharded)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(done.stderr)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:  # it has said why
+        raise InputError(f"{name} ended with code {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = measure.parser(__doc__)
     parser.add_argument("--gigabytes", type=float, default=2)
     parser.add_argument("--folder", type=pathlib.Path, default=tempfile.gettempdir())
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--sharded", type=int, default=1, help="devices along the expert axis")
-    parser.add_argument("--task", choices=["read", "load", "convert"], help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    parser.add_argument("--repeats", type=measure.positive, default=3)
+    parser.add_argument("--sharded", type=measure.positive, default=1, help="expert axis")
+    parser.add_argument("--task", choices=["read", "load", "convert"], help="(its own)")
+    arguments = parser.parse_args(argv)
     if arguments.task:
         seconds = {"read": read, "load": load, "convert": convert}[arguments.task](
             arguments.folder, arguments
         )
-        print(json.dumps({"seconds": seconds, "peak": peak(), **STARTED}))
+        line = {"seconds": seconds, "peak": measure.peak_of_process(), **STARTED}
+        if arguments.task == "load":  # where JAX has started
+            line["about"] = measure.about_machine()
+        print(json.dumps(line))
         return
-    sys.path.insert(0, str(ROOT))
+    if not arguments.gigabytes > 0:
+        raise InputError(f"--gigabytes {arguments.gigabytes:g} must be above 0")
+    if not os.access(arguments.folder, os.W_OK):
+        raise InputError(f"--folder {arguments.folder} is not a folder to write to")
+    from mixtral_jax import sharding
+    from mixtral_jax.config import MeshConfig
     from mixtral_jax.interop import saving
 
+    sharding.start(MeshConfig())
     config = model_config(arguments.gigabytes)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
         folder = pathlib.Path(work) / "huggingface"
@@ -177,26 +179,24 @@ def main() -> None:
         for tasks in (("read", "load"), ("convert",)):  # writing keeps the disk busy for a while
             for _ in range(arguments.repeats):
                 for name in tasks:
-                    runs[name].append(measure(name, folder, arguments))
+                    runs[name].append(in_a_process(name, folder, arguments))
     reading = statistics.median(r["seconds"] for r in runs["read"])
     for name, results in runs.items():
         seconds = statistics.median(r["seconds"] for r in results)
         line = {
-            "benchmark": "load",
             "task": name,
-            "file_gigabytes": round(size / 1e9, 3),
+            "file_bytes": size,
             "devices": arguments.sharded,
-            "seconds": round(seconds, 3),
-            "gigabytes_per_second": round(size / seconds / 1e9, 3),
-            "of_reading_alone": round(reading / seconds, 3),
-            "repeats": len(results),
+            **measure.limited(seconds, reading),
+            "gigabytes_per_second": size / seconds / 1e9,
+            "turns": len(results),
         }
         if name != "read":
             most = statistics.median(r["peak"] - r["started"] for r in results)
-            line["peak_memory_over_start_gigabytes"] = round(most / 1e9, 3)
-            line["largest_tensor_gigabytes"] = config.vocab_size * config.hidden_size * 2 / 1e9
-        print(json.dumps(line), flush=True)
+            line["peak_over_start_bytes"] = round(most)
+            line["largest_tensor_bytes"] = config.vocab_size * config.hidden_size * 2
+        measure.show("load", line, runs["load"][0]["about"])
 
 
 if __name__ == "__main__":
-    main()
+    measure.run(main)

@@ -27,6 +27,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from mixtral_jax import command_line
 from mixtral_jax.config import InputError
 
+HERE = pathlib.Path(__file__).resolve().parent
 LEAST_SECONDS = 0.02  # of a turn: work that is shorter is repeated within it
 READ_BYTES = {"cpu": 2**29, "gpu": 2**32, "tpu": 2**31}  # far more than any cache holds
 PRODUCT_SIZE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # of a square matrix
@@ -94,8 +95,8 @@ def take_turns(works: dict[str, Callable[[], Any]], turns: int) -> dict[str, flo
 # ---- limits ------------------------------------------------------------------------------------
 
 
-def read_rate(turns: int = 5) -> float:
-    """Bytes/s at which all cores read an array (CPU), or one device does."""
+def reading() -> tuple[Callable[[], Any], int]:
+    """(a function that reads a large array, its bytes): with all cores (CPU), or one device."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -105,10 +106,16 @@ def read_rate(turns: int = 5) -> float:
     if here == "cpu":  # NumPy in threads: XLA:CPU sums with one
         cores = os.cpu_count() or 1
         parts = np.array_split(np.ones(size // 4, np.float32), 2 * cores)
-        with ThreadPoolExecutor(cores) as pool:
-            return size / take_turns({"": lambda: list(pool.map(np.add.reduce, parts))}, turns)[""]
+        pool = ThreadPoolExecutor(cores)
+        return lambda: list(pool.map(np.add.reduce, parts)), size
     array, total = jnp.ones(size // 4, jnp.float32), jax.jit(jnp.sum)
-    return size / take_turns({"": lambda: total(array)}, turns)[""]
+    return lambda: total(array), size
+
+
+def read_rate(turns: int = 5) -> float:
+    """Bytes/s of `reading`."""
+    read, size = reading()
+    return size / take_turns({"": read}, turns)[""]
 
 
 def product_rate(dtype: str, turns: int = 5) -> float:
@@ -147,20 +154,28 @@ def _rounded(value: Any) -> Any:
 
 
 def about_machine() -> dict[str, str]:
-    """Hardware, versions and date of a line; starts JAX's devices."""
-    import jax
-
-    device = jax.devices()[0]
+    """Hardware, versions and date of a line, by torch where this process uses it, else by JAX."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     machine = f"{_cpu_model()}, {os.cpu_count()} cores, {memory:.0f} GiB"
-    if device.platform != "cpu":
-        machine = f"{jax.device_count()} x {device.device_kind}; host {machine}"
+    if accelerators := _accelerators():
+        machine = f"{accelerators}; host {machine}"
     versions = [f"Python {platform.python_version()}"]
     for package in ("jax", "torch", "transformers", "tokamax"):
-        if package == "jax" or package in sys.modules:
+        if package in sys.modules:
             versions.append(f"{package} {metadata.version(package)}")
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     return {"machine": machine, "versions": ", ".join(versions), "date": date}
+
+
+def _accelerators() -> str:
+    """How many of which, or nothing."""
+    if torch := sys.modules.get("torch"):
+        count = torch.cuda.device_count()
+        return f"{count} x {torch.cuda.get_device_name(0)}" if count else ""
+    import jax
+
+    device = jax.devices()[0]
+    return "" if device.platform == "cpu" else f"{jax.device_count()} x {device.device_kind}"
 
 
 def _cpu_model() -> str:
@@ -173,13 +188,19 @@ def _cpu_model() -> str:
 
 
 def peak_bytes() -> int:
-    """The most memory in use so far: of the first accelerator, or of this process."""
+    """The most memory in use so far: of the first accelerator, or else of this process."""
+    if torch := sys.modules.get("torch"):
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+    elif jax := sys.modules.get("jax"):
+        found = jax.devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in found:
+            return found["peak_bytes_in_use"]
+    return peak_of_process()
+
+
+def peak_of_process() -> int:
+    """The most host memory that was resident, in bytes."""
     import resource
 
-    if "jax" in sys.modules:
-        import jax
-
-        statistics_of = jax.devices()[0].memory_stats()
-        if statistics_of and "peak_bytes_in_use" in statistics_of:
-            return statistics_of["peak_bytes_in_use"]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

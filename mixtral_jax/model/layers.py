@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mixtral_jax import sharding
+
 
 def matrix(
     key: jax.Array,
@@ -14,8 +16,12 @@ def matrix(
     scale: float,
     dtype: str,
 ) -> nnx.Param:
-    """A normally distributed parameter that knows the logical axis of each of its dimensions."""
-    value = scale * jax.random.normal(key, shape, jnp.float32)
+    """A normally distributed parameter that knows the logical axis of each of its dimensions.
+
+    On a mesh, where one is set, each device makes its own slice.
+    """
+    where = None if jax.sharding.get_abstract_mesh().empty else sharding.spec(*logical_axes)
+    value = scale * jax.random.normal(key, shape, jnp.float32, out_sharding=where)
     return nnx.Param(value.astype(dtype), logical_axes=logical_axes)
 
 

@@ -82,7 +82,8 @@ def _stacked_blocks(config: ModelConfig, key: jax.Array) -> Block:
         return nnx.split(Block(config, layer_key))
 
     graphdef, _ = nnx.eval_shape(lambda: make(key))
-    state = jax.vmap(lambda k: make(k)[1])(jax.random.split(key, config.num_hidden_layers))
+    # One layer after another: its random numbers in float32 are all that is held beside the state.
+    state = jax.lax.map(lambda k: make(k)[1], jax.random.split(key, config.num_hidden_layers))
     for _, param in nnx.to_flat_state(state):
         param.set_metadata(logical_axes=("layers", *param.get_metadata("logical_axes")))
     return nnx.merge(graphdef, state)

@@ -1,0 +1,110 @@
+"""What mixtral_jax brings to the benchmarks: a training step, and answers decoded."""
+
+from __future__ import annotations
+
+import time
+
+import measure  # noqa: F401  (finds the package)
+
+from mixtral_jax import config_io, sharding
+from mixtral_jax.config import Config, MeshConfig, ModelConfig
+
+
+def load(path: str, overrides: list[str]) -> Config:
+    """A config, for random tokens."""
+    return config_io.load(path, ["data.source=synthetic", *overrides])
+
+
+def abstract(tree, mesh):
+    """Shapes, types and shardings of a tree of parameters on a mesh."""
+    import jax
+
+    shardings = sharding.param_shardings(tree, mesh)
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings
+    )
+
+
+class Training:
+    """A training step that has been compiled, and what it works on."""
+
+    def __init__(self, config: Config):
+        sharding.start(config.mesh)
+        import jax
+
+        from mixtral_jax.data.batches import synthetic_batch
+        from mixtral_jax.training import step as steps
+        from mixtral_jax.training.placement import Placement
+
+        self.mesh = sharding.mesh_from_config(config.mesh)
+        with jax.set_mesh(self.mesh):
+            began = time.perf_counter()
+            self._state = jax.block_until_ready(steps.initial_state(config, self.mesh))
+            self.initialise_seconds = time.perf_counter() - began
+            placement = Placement(config, self.mesh)
+            step = jax.jit(steps.make_train_step(config), donate_argnums=0)
+            began = time.perf_counter()
+            self.compiled = step.lower(self._state, placement.abstract()).compile()
+            self.compile_seconds = time.perf_counter() - began
+            self._batch = placement(synthetic_batch(config, placement.rows, 0))
+            self.kernels = steps.kernels_of_step(config)
+
+    def step(self) -> None:
+        """One step, until its results are there."""
+        import jax
+
+        self._state, metrics = self.compiled(self._state, self._batch)
+        jax.block_until_ready((self._state, metrics))
+
+
+class Decoding:
+    """An engine with random weights, made on the device."""
+
+    def __init__(self, config: ModelConfig):
+        sharding.start(MeshConfig())
+        import jax
+
+        from mixtral_jax.generation.engine import Engine
+        from mixtral_jax.model.mixtral import initialize
+
+        mesh = sharding.make_mesh()
+        model = initialize(config.dropless(), jax.random.key(0), mesh)
+        self._engine = Engine(model, mesh, eos_id=-1)
+        self._vocabulary = config.vocab_size
+
+    def answer(self, batch: int, prompt: int, new: int) -> tuple[float, float]:
+        """Seconds to the first tokens, and of each step after it."""
+        from mixtral_jax.generation.request import Options, Request
+
+        options = Options(max_new_tokens=new, temperature=0.0)
+        rows = prompts(batch, prompt, self._vocabulary)
+        began = time.perf_counter()
+        times = [
+            time.perf_counter()
+            for _ in self._engine.stream([Request(tuple(row), options) for row in rows])
+        ]
+        return times[0] - began, (times[-1] - times[0]) / (len(times) - 1)
+
+
+def prompts(batch: int, length: int, vocabulary: int) -> list[list[int]]:
+    """Rows of token ids, each another."""
+    return [[(7 * row + i) % vocabulary for i in range(length)] for row in range(batch)]
+
+
+def read_bytes(config: ModelConfig, batch: int, slots: int, weight: int, activation: int) -> float:
+    """Bytes that a decoding step must read: weights of the experts in use, all others, the cache.
+
+    Of E experts a batch of B tokens that choose k each at random uses E (1 - (1 - k / E)^B). Of the
+    embedding only the rows of the batch are read.
+
+    Args:
+      slots: tokens in the cache of a row, on average.
+      weight, activation: bytes of one number of each.
+    """
+    experts, chosen = config.num_local_experts, config.num_experts_per_tok
+    used = experts * (1 - (1 - chosen / experts) ** batch)
+    expert = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
+    others = config.num_parameters - experts * expert - config.vocab_size * config.hidden_size
+    kept = 2 * config.num_key_value_heads * config.head_size * config.num_hidden_layers
+    embedded = batch * config.hidden_size
+    return weight * (others + used * expert + embedded) + activation * batch * slots * kept
