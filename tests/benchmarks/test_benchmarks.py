@@ -122,13 +122,15 @@ def test_decode(command, tiny):
         assert line["read_bytes"] == 4 * (384 + 64 + 48 + 1024 + used * 1152 + rows)
 
 
-def test_peers_take_turns(command, tiny):
-    names = ("mixtral_jax", "dense products")
-    lines = command("peers", "train", "--config", tiny, "--steps", "2", "--only", *names)
-    assert [line["name"] for line in lines] == list(names)
-    assert lines[1]["of_limit"] == lines[0]["times_of_first"] == 1
-    assert lines[0]["limit_seconds"] == lines[1]["seconds"]
-    assert all(line["turns"] == 2 and line["peak_bytes"] > 0 for line in lines)
+def test_peers(command, tiny):
+    """The limit by itself: a process of its own that takes its turns."""
+    (line,) = command(
+        "peers", "train", "--config", tiny, "--steps", "2", "--only", "dense products"
+    )
+    assert line["name"] == "dense products"
+    assert line["of_limit"] == line["times_of_first"] == 1
+    assert line["turns"] == 2
+    assert line["peak_bytes"] > 0
 
 
 def test_scaling_of_steps(command, tiny):
