@@ -22,7 +22,7 @@ from mixtral_jax.model.mixtral import KEPT
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
-PASSES = {"tokens": 64, "rows": 32, "hidden": 14, "exchanged": 120, "weights": 6, "logits": 6}
+PASSES = {"tokens": 48, "rows": 20, "hidden": 12, "exchanged": 110, "weights": 6, "logits": 6}
 """How often a layer's training reads or writes a whole array, in memory traffic as the compiler
 prices it: [tokens, D], [rows, D], [rows, F], [rows, D] once more if they are exchanged, and the
 expert matrices if they are gathered; and the whole step [tokens, V]."""
