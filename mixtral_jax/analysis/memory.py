@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from mixtral_jax.config import InputError
+
 
 def memory_of(compile: Callable[[], jax.stages.Compiled], arguments: Any, limit: int) -> dict:
     """`fits`, and `bytes_per_device` of a program as the compiler places it.
@@ -20,12 +22,17 @@ def memory_of(compile: Callable[[], jax.stages.Compiled], arguments: Any, limit:
       compile: compiles it.
       arguments: a tree of ShapeDtypeStructs with shardings.
       limit: bytes of one device.
+    Raises:
+      InputError: if the compiler refuses the program for another reason than its size.
     """
     try:
         memory = compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            raise InputError(
+                f"the TPU compiler refuses this program ({str(error).splitlines()[0]}): try another "
+                "mesh, or another model.exchange"
+            ) from None
         held, wanted = bytes_of(arguments), needed_bytes(str(error))
         # Of temporaries alone, or of the whole program: the compiler says one or the other.
         temporaries = wanted if "temporaries" in str(error) else max(wanted - held, 0)

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mixtral_jax.kernels import platform, vary_like
+from mixtral_jax.kernels import device_kind, platform, vary_like
 from mixtral_jax.kernels.rows import segment_map, starts, take_rows
 
 IMPLEMENTATIONS = ("local", "padded", "ragged")
@@ -36,6 +36,8 @@ PLATFORMS = {
     "padded": ("cpu", "gpu", "tpu"),
     "ragged": ("gpu", "tpu"),
 }
+WITHOUT_RAGGED = ("TPU v5 lite",)
+"""Chips whose larger slices route in a limited way: their compiler refuses a ragged all-to-all."""
 
 
 def resolve(implementation: str | None, expert_shards: int) -> str:
@@ -48,7 +50,8 @@ def resolve(implementation: str | None, expert_shards: int) -> str:
     if not implementation:
         if expert_shards == 1:
             return "local"
-        return "padded" if here == "cpu" else "ragged"
+        padded = here == "cpu" or device_kind() in WITHOUT_RAGGED
+        return "padded" if padded else "ragged"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"exchange={implementation!r} is not one of {IMPLEMENTATIONS}")
     if here not in PLATFORMS[implementation]:

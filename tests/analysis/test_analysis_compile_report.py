@@ -213,3 +213,13 @@ def test_microbatches_and_layers_are_counted_as_often_as_they_run(monkeypatch):
 )
 def test_the_compilers_figure_is_read(message, wanted):
     assert memory.needed_bytes(message) == wanted
+
+
+def test_what_the_compiler_refuses_is_one_line():
+    def refused():
+        raise jax.errors.JaxRuntimeError("INTERNAL: Ragged all-to-all is not supported\nat 0x12")
+
+    with pytest.raises(
+        InputError, match=r"refuses this program \(INTERNAL.*supported\): try [^\n]*$"
+    ):
+        memory.memory_of(refused, {}, 1)

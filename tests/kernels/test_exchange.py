@@ -22,18 +22,21 @@ P = PartitionSpec("expert")
 
 @pytest.mark.parametrize("asked", [None, ""])
 @pytest.mark.parametrize(
-    ("platform", "shards", "body"),
+    ("platform", "kind", "shards", "body"),
     [
-        ("cpu", 1, "local"),
-        ("cpu", 4, "padded"),
-        ("tpu", 1, "local"),
-        ("tpu", 4, "ragged"),
-        ("gpu", 1, "local"),
-        ("gpu", 2, "ragged"),
+        ("cpu", "cpu", 1, "local"),
+        ("cpu", "cpu", 4, "padded"),
+        ("tpu", "TPU v5", 1, "local"),
+        ("tpu", "TPU v5", 4, "ragged"),
+        ("tpu", "TPU v6 lite", 4, "ragged"),
+        ("tpu", "TPU v5 lite", 4, "padded"),
+        ("gpu", "NVIDIA H200", 1, "local"),
+        ("gpu", "NVIDIA H200", 2, "ragged"),
     ],
 )
-def test_the_best_body_of_each_platform(monkeypatch, asked, platform, shards, body):
+def test_the_best_body_of_each_chip(monkeypatch, asked, platform, kind, shards, body):
     monkeypatch.setattr(exchanges, "platform", lambda: platform)
+    monkeypatch.setattr(exchanges, "device_kind", lambda: kind)
     assert exchanges.resolve(asked, shards) == body
 
 
