@@ -29,9 +29,10 @@ def memory_of(compile: Callable[[], jax.stages.Compiled], arguments: Any, limit:
         memory = compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
+            reason = str(error).splitlines()[0]
             raise InputError(
-                f"the TPU compiler refuses this program ({str(error).splitlines()[0]}): try another "
-                "mesh, or another model.exchange"
+                f"the TPU compiler refuses this program ({reason}): try another mesh, or another "
+                "model.exchange"
             ) from None
         held, wanted = bytes_of(arguments), needed_bytes(str(error))
         # Of temporaries alone, or of the whole program: the compiler says one or the other.
