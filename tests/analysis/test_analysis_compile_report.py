@@ -219,7 +219,5 @@ def test_what_the_compiler_refuses_is_one_line():
     def refused():
         raise jax.errors.JaxRuntimeError("INTERNAL: Ragged all-to-all is not supported\nat 0x12")
 
-    with pytest.raises(
-        InputError, match=r"refuses this program \(INTERNAL.*supported\): try [^\n]*$"
-    ):
+    with pytest.raises(InputError, match=r"refuses this program \(.*supported\): try [^\n]*$"):
         memory.memory_of(refused, {}, 1)
