@@ -10,6 +10,7 @@ from tiny import MODEL, TRAINING, make_config
 
 import train
 from mixtral_jax.analysis import compile_report, memory, prices, topology
+from mixtral_jax.config import InputError
 from mixtral_jax.model.flops import training_flops_per_token
 
 MESH = {"fsdp": 2, "expert": 2}
