@@ -85,9 +85,9 @@ def estimates(priced: Price, target: topology.Slice) -> dict[str, Any]:
     """What a report says of a program's price, per chip."""
     devices, chip = target.chip.per_chip, target.chip
     flops = priced.compiled.flops + priced.unpriced.flops
-    seconds = priced.compiled.seconds + priced.unpriced.seconds
     expected_flops = flops - priced.surplus.flops
-    expected_seconds = seconds - priced.surplus.seconds
+    expected_seconds = priced.compiled.seconds - priced.surplus.seconds
+    step_seconds = expected_seconds + priced.unpriced.seconds + priced.interconnect_seconds
     moved = priced.compiled.bytes - priced.surplus.bytes
     return {
         "compiled_flops": devices * flops,
@@ -96,7 +96,7 @@ def estimates(priced: Price, target: topology.Slice) -> dict[str, Any]:
             kind: {"count": found["count"], "bytes": devices * found["bytes"]}
             for kind, found in priced.collectives.items()
         },
-        "compiler_seconds": seconds,
+        "compiler_seconds": priced.compiled.seconds,
         "compiler_seconds_expected_rows": expected_seconds,
         "unpriced": {
             "flops": devices * priced.unpriced.flops,
@@ -105,7 +105,7 @@ def estimates(priced: Price, target: topology.Slice) -> dict[str, Any]:
         "interconnect_seconds": priced.interconnect_seconds,
         "arithmetic_seconds": expected_flops / chip.peak_flops,
         "memory_seconds": moved / chip.hbm_bytes_per_second,
-        "estimated_step_seconds": expected_seconds + priced.interconnect_seconds,
+        "estimated_step_seconds": step_seconds,
     }
 
 
@@ -153,14 +153,14 @@ def _estimate_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("arithmetic at peak", seconds("arithmetic_seconds")),
         ("memory traffic at peak", seconds("memory_seconds")),
-        ("interconnect, our model", seconds("interconnect_seconds")),
         ("compiler's estimate", seconds("compiler_seconds")),
+        ("  of the rows in use", seconds("compiler_seconds_expected_rows")),
         (
-            "  with, for attention",
+            "attention, our model",
             f"{unpriced['seconds']:,.4g} s, {unpriced['flops'] / 1e12:,.4g} T",
         ),
-        ("  of the rows in use", seconds("compiler_seconds_expected_rows")),
-        ("estimated step", f"{seconds('estimated_step_seconds')}, if nothing overlaps"),
+        ("interconnect, our model", seconds("interconnect_seconds")),
+        ("estimated step", f"{seconds('estimated_step_seconds')}, the last three: no overlap"),
         ("estimated tokens/s", f"{report['estimated_tokens_per_second_per_chip']:,.0f}"),
         ("estimated MFU", f"{report['estimated_mfu']:.1%}"),
     ]

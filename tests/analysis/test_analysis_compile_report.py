@@ -66,7 +66,7 @@ def test_the_report_of_three_layers_is_that_of_the_unrolled_program(
     assert report["unpriced"] == {"flops": 0, "seconds": 0}
     for name in ("arithmetic_seconds", "memory_seconds"):
         assert 0 < report[name] < report["compiler_seconds"]
-    for name in ("memory, total", "estimated tokens/s", "ragged-all-to-all", "nothing overlaps"):
+    for name in ("memory, total", "estimated tokens/s", "ragged-all-to-all", "no overlap"):
         assert name in shown
 
     target = topology.get_slice("v5p:2x2x1")
@@ -133,7 +133,7 @@ def test_another_error_of_the_compiler_is_not_taken_for_one_of_memory(libtpu, mo
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
     monkeypatch.setattr(compile_report, "compile_step", refuse)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+    with pytest.raises(InputError, match=r"refuses this program \(INTERNAL: something else\)"):
         compile_report.compile_report(make_config(mesh=MESH), "v5p:2x2x1")
 
 
