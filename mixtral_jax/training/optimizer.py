@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -40,9 +41,19 @@ def is_matrix(params: Any) -> Any:
     return jax.tree.map(dimensions, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW that decays matrices only."""
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+def clip_to_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """optax's clip_by_global_norm given the norm; a factor, which fuses into the rest."""
+
+    def clip(grads: Any, state: Any, params: Any = None, *, norm: jax.Array, **_: Any) -> Any:
+        factor = jnp.minimum(1, limit / norm)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, clip)
+
+
+def make_optimizer(config: TrainingConfig) -> optax.GradientTransformationExtraArgs:
+    """Clipping by the global norm, `norm` of update(); then AdamW that decays matrices only."""
+    clip = clip_to_norm(config.clip_norm) if config.clip_norm else optax.identity()
     adamw = optax.adamw(
         learning_rate(config),
         b1=config.adam_beta1,
@@ -51,4 +62,4 @@ def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         mask=is_matrix,
     )
-    return optax.chain(clip, adamw)
+    return optax.with_extra_args_support(optax.chain(clip, adamw))

@@ -15,6 +15,7 @@ from flax import nnx
 from mixtral_jax import sharding
 from mixtral_jax.config import Config
 from mixtral_jax.data.packing import Batch
+from mixtral_jax.kernels import platform
 from mixtral_jax.model.mixtral import Mixtral, abstract_state, chosen_kernels
 from mixtral_jax.model.router import RoutingStatistics
 from mixtral_jax.training import losses as loss_terms
@@ -136,6 +137,13 @@ def _gradients(config: Config, graphdef, params, batch_MBL: Batch):
     return grads, *aux, batch_tokens
 
 
+def _choose(finite, update, old):
+    """What update() gives if finite, else the old."""
+    if platform() == "cpu":  # a select of each array has XLA:CPU copy the old one first
+        return jax.lax.cond(finite, update, lambda: old)
+    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), update(), old)
+
+
 def make_train_step(
     config: Config,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
@@ -152,15 +160,18 @@ def make_train_step(
         grads, losses, statistics, tokens = _gradients(config, graphdef, state.params, batch_MBL)
         with jax.named_scope("optimizer"):
             grad_norm = optax.tree.norm(grads)
-            updates, changed = optimizer.update(grads, state.optimizer, state.params)
-            params = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(losses.total) & jnp.isfinite(grad_norm)
-        params, changed = jax.tree.map(
-            # Gradients are float32, and with them what the optimizer makes of its bfloat16 state.
-            lambda new, old: jnp.where(finite, new.astype(old.dtype), old),
-            (params, changed),
-            (state.params, state.optimizer),
-        )
+            finite = jnp.isfinite(losses.total) & jnp.isfinite(grad_norm)
+            old = state.params, state.optimizer
+
+            def update():
+                updates, changed = optimizer.update(
+                    grads, state.optimizer, state.params, norm=grad_norm
+                )
+                new = optax.apply_updates(state.params, updates), changed
+                # Gradients are float32, and with them what the optimizer makes of bfloat16 state.
+                return jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)
+
+            params, changed = _choose(finite, update, old)
         bad = jnp.where(finite, 0, 1)
         skipped, row = state.skipped + bad, jnp.where(finite, 0, state.skipped_in_a_row + 1)
         rate = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)
