@@ -31,6 +31,12 @@ def vary_like(x: jax.Array, *others: jax.Array) -> jax.Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
+def sum_like(g: jax.Array, x: jax.Array) -> jax.Array:
+    """The gradient of what vary_like made of x, summed over the axes that it added."""
+    added = tuple(_varying(g) - _varying(x))
+    return jax.lax.psum(g, added) if added else g
+
+
 def _varying(x: jax.Array) -> frozenset[str]:
     """The manual mesh axes that x differs over, by its type."""
     return jax.typeof(x).manual_axis_type.varying

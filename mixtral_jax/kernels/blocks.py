@@ -5,94 +5,119 @@ Work in proportion to the rows in use; XLA:CPU's own ragged_dot runs every exper
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from mixtral_jax.kernels import vary_like
 
-BLOCK_ROWS = 128  # rows per product: fewer is slower a row, more wastes part-full blocks
+STEP_ROWS = 64  # blocks are multiples of it: fewer are slower a row, more waste part-full blocks
+STEPS = 8  # in the largest block
 
 
-def _for_each_expert(group_sizes_E, body, init):
-    """body(expert, start, size, carry) for each expert in turn, over a loop-carried array."""
-    starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
+class Block(NamedTuple):
+    """Some consecutive rows, of which those of one expert are in use."""
 
-    def step(expert, carry):
-        return body(expert, starts_E[expert], group_sizes_E[expert], carry)
+    expert: jax.Array
+    first: jax.Array
+    in_use_b1: jax.Array
 
-    return lax.fori_loop(0, group_sizes_E.shape[0], step, init)
+    def rows(self, x_RD: jax.Array) -> jax.Array:
+        """The block's rows, in use or not."""
+        return lax.dynamic_slice_in_dim(x_RD, self.first, self.in_use_b1.shape[0])
+
+    def take(self, x_RD: jax.Array) -> jax.Array:
+        """The block's rows; zeros where they are not in use."""
+        return jnp.where(self.in_use_b1, self.rows(x_RD), 0)
+
+    def put(self, x_RD: jax.Array, rows_bD: jax.Array) -> jax.Array:
+        """x with the rows in use replaced."""
+        rows_bD = jnp.where(self.in_use_b1, rows_bD.astype(x_RD.dtype), self.rows(x_RD))
+        return lax.dynamic_update_slice_in_dim(x_RD, rows_bD, self.first, axis=0)
+
+    def matrix(self, w_EDF: jax.Array) -> jax.Array:
+        return lax.dynamic_index_in_dim(w_EDF, self.expert, keepdims=False)
+
+    def add(self, w_EDF: jax.Array, part_DF: jax.Array) -> jax.Array:
+        """w with something added to the expert's matrix."""
+        before_1DF = lax.dynamic_slice_in_dim(w_EDF, self.expert, 1)
+        sum_1DF = before_1DF + part_DF[None]
+        return lax.dynamic_update_slice_in_dim(w_EDF, sum_1DF, self.expert, axis=0)
 
 
-def _for_each_block(start, size, num_rows, body, init):
-    """body(first row, in_use mask, carry) for each block of the rows start .. start + size.
+def for_each_block(
+    group_sizes_E: jax.Array, num_rows: int, body: Callable[[Block, Any], Any], init: Any
+) -> Any:
+    """body(block, carry) for blocks that together hold each expert's rows once, over loops' carry.
 
+    An expert's rows fill largest blocks, then one of the smallest size that takes the rest. A loop
+    that runs once or not at all stands for each size: unlike branches it updates arrays in place.
     A block never reaches past the array: near its end the block moves up, and the mask keeps only
     the rows that no earlier block has had.
     """
-    block = min(BLOCK_ROWS, num_rows)
+    starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
+    sizes = sorted({min(STEP_ROWS * (i + 1), num_rows) for i in range(STEPS)})
+    largest = sizes[-1]
 
-    def step(i, carry):
-        wanted = start + i * block
-        first = jnp.minimum(wanted, num_rows - block)
-        rows = first + jnp.arange(block)
-        in_use = (rows >= wanted) & (rows < start + size)
-        return body(first, in_use[:, None], carry)
+    def one_expert(expert, carry):
+        start, size = starts_E[expert], group_sizes_E[expert]
+        whole, rest = size // largest, size % largest
 
-    return lax.fori_loop(0, (size + block - 1) // block, step, init)
+        def one_block(i, carry, rows):
+            # Hides that nothing else here depends on i: XLA would do all of it for every size.
+            i, here = lax.optimization_barrier((i, expert))
+            wanted = start + i * rows + (0 if rows == largest else whole * largest)
+            first = jnp.minimum(wanted, num_rows - rows)
+            at = first + jnp.arange(rows, dtype=jnp.int32)
+            in_use = (at >= wanted) & (at < start + size)
+            return body(Block(here, first, in_use[:, None]), carry)
+
+        for smaller, rows in zip([0, *sizes], sizes):
+            times = ((rest > smaller) & (rest <= rows)).astype(jnp.int32)
+            if rows == largest:
+                times = times + whole
+            carry = lax.fori_loop(0, times, partial(one_block, rows=rows), carry)
+        return carry
+
+    return lax.fori_loop(0, group_sizes_E.shape[0], one_expert, init)
 
 
-def _block_of(x, first):
-    block = min(BLOCK_ROWS, x.shape[0])
-    return lax.dynamic_slice_in_dim(x, first, block)
+def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype=None) -> jax.Array:
+    """The product of two matrices over an axis of each: no copy to transpose either."""
+    dimensions = (((a_axis,), (b_axis,)), ((), ()))
+    return lax.dot_general(a, b, dimensions, preferred_element_type=dtype or a.dtype)
 
 
-def _rows_times_matrix(x_RD, w_EDF, group_sizes_E):
-    out_RF = vary_like(jnp.zeros((x_RD.shape[0], w_EDF.shape[2]), x_RD.dtype), x_RD, group_sizes_E)
+def _rows_times_matrix(x_RD, w_EDF, group_sizes_E, axis: int):
+    """Of each row and its expert's matrix, whose axis is summed over: 0 or 1."""
+    out_RF = jnp.zeros((x_RD.shape[0], w_EDF.shape[2 - axis]), x_RD.dtype)
 
-    def one_expert(expert, start, size, out_RF):
-        w_DF = lax.dynamic_index_in_dim(w_EDF, expert, keepdims=False)
+    def body(block, out_RF):
+        return block.put(out_RF, dot(block.take(x_RD), block.matrix(w_EDF), 1, axis))
 
-        def one_block(first, in_use, out_RF):
-            product = _block_of(x_RD, first) @ w_DF
-            block = jnp.where(in_use, product, _block_of(out_RF, first))
-            return lax.dynamic_update_slice_in_dim(out_RF, block, first, axis=0)
-
-        return _for_each_block(start, size, x_RD.shape[0], one_block, out_RF)
-
-    return _for_each_expert(group_sizes_E, one_expert, out_RF)
+    init = vary_like(out_RF, x_RD, group_sizes_E)
+    return for_each_block(group_sizes_E, x_RD.shape[0], body, init)
 
 
 def _rows_times_rows(x_RD, g_RF, group_sizes_E):
-    """Gradient of the matrices: per expert, the sum over its rows of x[r] outer g[r]."""
-    shape_DF = (x_RD.shape[1], g_RF.shape[1])
-    out_EDF = vary_like(jnp.zeros((group_sizes_E.shape[0], *shape_DF), x_RD.dtype), x_RD, g_RF)
+    """Gradient of the matrices: per expert, the float32 sum over its rows of x[r] outer g[r]."""
+    shape = (group_sizes_E.shape[0], x_RD.shape[1], g_RF.shape[1])
 
-    def one_expert(expert, start, size, out_EDF):
-        def one_block(first, in_use, sum_DF):
-            x_bD = jnp.where(in_use, _block_of(x_RD, first), 0)
-            g_bF = jnp.where(in_use, _block_of(g_RF, first), 0)
-            product = lax.dot_general(
-                x_bD,
-                g_bF,
-                (((0,), (0,)), ((), ())),
-                preferred_element_type=sum_DF.dtype,
-            )
-            return sum_DF + product
+    def body(block, out_EDF):
+        return block.add(out_EDF, dot(block.take(x_RD), block.take(g_RF), 0, 0, jnp.float32))
 
-        zeros_DF = vary_like(jnp.zeros(shape_DF, jnp.float32), x_RD, g_RF)
-        sum_DF = _for_each_block(start, size, x_RD.shape[0], one_block, zeros_DF)
-        return lax.dynamic_update_index_in_dim(
-            out_EDF, sum_DF.astype(out_EDF.dtype), expert, axis=0
-        )
-
-    return _for_each_expert(group_sizes_E, one_expert, out_EDF)
+    init = vary_like(jnp.zeros(shape, jnp.float32), x_RD, g_RF)
+    return for_each_block(group_sizes_E, x_RD.shape[0], body, init)
 
 
 @jax.custom_vjp
 def blocks(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """What `grouped_matmul` does; all operands vary over the same mesh axes."""
-    return _rows_times_matrix(x_RD, w_EDF, group_sizes_E)
+    return _rows_times_matrix(x_RD, w_EDF, group_sizes_E, 0)
 
 
 def _forward(x_RD, w_EDF, group_sizes_E):
@@ -101,7 +126,7 @@ def _forward(x_RD, w_EDF, group_sizes_E):
 
 def _backward(residuals, g_RF):
     x_RD, w_EDF, group_sizes_E = residuals
-    dx_RD = _rows_times_matrix(g_RF, w_EDF.swapaxes(1, 2), group_sizes_E)
+    dx_RD = _rows_times_matrix(g_RF, w_EDF, group_sizes_E, 1)
     return dx_RD, _rows_times_rows(x_RD, g_RF, group_sizes_E).astype(w_EDF.dtype), None
 
 

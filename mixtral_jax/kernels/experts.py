@@ -7,7 +7,8 @@ from functools import partial
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from mixtral_jax.kernels.grouped_matmul import grouped_matmul
+from mixtral_jax.kernels.grouped_matmul import grouped_matmul, resolve
+from mixtral_jax.kernels.swiglu_blocks import swiglu_blocks
 
 
 def experts(
@@ -27,7 +28,8 @@ def experts(
     Returns:
       out_RD in the type of x.
     """
-
+    if resolve(implementation, x_RD.shape[0], *gate_EDF.shape[1:]) == "blocks":
+        return swiglu_blocks(x_RD, gate_EDF, up_EDF, down_EFD, group_sizes_E)
     product = partial(grouped_matmul, group_sizes_E=group_sizes_E, implementation=implementation)
     # Rows past the last group only lead to rows past the last group.
     gate_RF = checkpoint_name(product(x_RD, gate_EDF, zeros=False), "expert_gate")
