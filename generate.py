@@ -17,7 +17,7 @@ import argparse
 import os
 import sys
 
-from mixtral_jax.command_line import Parser, report
+from mixtral_jax.command_line import Parser, report, with_huge_pages
 from mixtral_jax.config import InputError
 from mixtral_jax.generation import request
 
@@ -118,5 +118,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    with_huge_pages()
     sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot
     sys.exit(main())

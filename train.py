@@ -8,7 +8,7 @@ several such slices.
 import sys
 
 from mixtral_jax import config_io
-from mixtral_jax.command_line import Parser, report
+from mixtral_jax.command_line import Parser, report, with_huge_pages
 from mixtral_jax.config import InputError, TrainingError
 from mixtral_jax.interop import folders
 
@@ -41,4 +41,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    with_huge_pages()
     sys.exit(main())

@@ -38,6 +38,7 @@ PRODUCT_SIZE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # of a square matrix
 
 def run(main: Callable[[], None]) -> None:
     """A command's main; bad input is one line on standard error, and the exit code 2."""
+    command_line.with_huge_pages()
     try:
         main()
     except InputError as error:

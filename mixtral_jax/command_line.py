@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import sys
 import time
 
@@ -26,6 +27,20 @@ def report(error: InputError | TrainingError) -> int:
     """Say what is wrong, on standard error; returns the exit code."""
     print(f"error: {error}", file=sys.stderr)
     return 2 if isinstance(error, InputError) else 1
+
+
+def with_huge_pages() -> None:
+    """Begin this program again with memory in huge pages, on Linux, unless GLIBC_TUNABLES is set.
+
+    XLA:CPU allocates its work space anew for each step, and the kernel clears it: in pages of 4 KiB
+    a fifth of the time that a step of 2.2 GB takes. glibc asks for huge ones only if told at the
+    start. For the first lines of a program, where it has read nothing and started nothing.
+    """
+    name, version = platform.libc_ver()
+    known = name == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)
+    if sys.platform == "linux" and known and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 _IMPORTED = time.monotonic()

@@ -17,7 +17,6 @@ Lower case is a per-device size where it differs: e = E / X local experts, d and
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import glob
 import hashlib
 import importlib.util
@@ -242,7 +241,6 @@ def emulate_cpu_devices(devices: int) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
         jax.config.update("jax_num_cpu_devices", devices)
-    _keep_freed_memory()
     if devices > 1:
         os.environ.setdefault("PJRT_NPROC", str(4 * devices))
         if "xla_cpu_collective" not in flags:
@@ -275,19 +273,6 @@ def _cpu_kind() -> str:
         lines = []
     text = platform.machine() + "".join(sorted(set(lines)))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep the buffers that XLA:CPU frees after each step for the next one.
-
-    By default each is returned to the kernel, which must clear it again: a quarter of the time.
-    """
-    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and not _has_accelerator():
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_arena_max, 1)
 
 
 def _has_libtpu() -> bool:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import platform
 import re
 import signal
 import subprocess
@@ -245,3 +246,28 @@ def test_a_profile_is_written_also_of_the_last_step(config_file, tmp_path):
         r"^first step [\d.]+ s after the start: .*, compiling [\d.]+ s", done.stdout, re.M
     )
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_commands_run_in_huge_pages_and_an_environment_that_says_more_is_left_alone(tmp_path):
+    """The program begins again once, with the arguments that it was given."""
+    script = tmp_path / "show.py"
+    script.write_text(
+        "import os, sys\n"
+        "from mixtral_jax.command_line import with_huge_pages\n"
+        "with_huge_pages()\n"
+        "print(os.environ.get('GLIBC_TUNABLES'), *sys.argv[1:])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("GLIBC_TUNABLES", None)
+
+    def shown(**more):
+        command = [sys.executable, "-W", "ignore", str(script), "a b", "--c"]
+        made = subprocess.run(
+            command, env={**environment, **more}, capture_output=True, text=True, check=True
+        )
+        return made.stdout.strip()
+
+    glibc = platform.libc_ver()[0] == "glibc" and sys.platform == "linux"
+    wanted = "glibc.malloc.hugetlb=1" if glibc else "None"
+    assert shown() == f"{wanted} a b --c"
+    assert shown(GLIBC_TUNABLES="glibc.malloc.check=0") == "glibc.malloc.check=0 a b --c"
