@@ -20,6 +20,26 @@ def device_kind() -> str:
     return device.device_kind if device is not None else jax.devices()[0].device_kind
 
 
+def check_body(
+    key: str, name: str, here: str, platforms: dict[str, tuple[str, ...]], instead: str
+) -> None:
+    """Refuse a kernel's body that does not exist, or not on this platform.
+
+    Args:
+      key: the config's, under model; here: the platform; platforms: where each body runs; instead:
+        the one to use.
+    Raises:
+      ValueError: in one line that begins with the key.
+    """
+    if name not in platforms:
+        raise ValueError(f"{key}={name!r} is not one of {tuple(platforms)}")
+    if here not in platforms[name]:
+        raise ValueError(
+            f"{key}={name} does not run on {here} (only on {' and '.join(platforms[name])}): "
+            f"use {instead}, or leave it empty"
+        )
+
+
 def vary_like(x: jax.Array, *others: jax.Array) -> jax.Array:
     """x, marked inside shard_map as differing over every mesh axis that the others differ over.
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mixtral_jax.kernels import vary_like
+from mixtral_jax.kernels.rows import starts
 
 MOST_ROWS = 128  # in a block
 FEW = 4
@@ -46,7 +47,7 @@ def experts(
     """
     num_rows = x_RD.shape[0]
     block = block_rows(num_rows, len(gates_DF))
-    starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
+    starts_E = starts(group_sizes_E)
     blocks_E = (group_sizes_E + block - 1) // block
     ends_E = jnp.cumsum(blocks_E)  # blocks are numbered through all experts
     branches = [_swiglu(*matrices) for matrices in zip(gates_DF, ups_DF, downs_FD, strict=True)]

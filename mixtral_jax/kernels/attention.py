@@ -12,9 +12,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mixtral_jax.kernels import chunks, cudnn, platform, splash
+from mixtral_jax.kernels import check_body, chunks, cudnn, platform, splash
 
-IMPLEMENTATIONS = ("xla", "splash", "cudnn", "chunks")
 PLATFORMS = {
     "xla": ("cpu", "gpu", "tpu"),
     "splash": ("tpu",),
@@ -62,13 +61,7 @@ def resolve(implementation: str | None, length: int, head: int, dtype: jnp.dtype
             return "chunks"
         good = here == "gpu" and cudnn.fits(length, head, dtype) and cudnn.installed()
         return "cudnn" if good else "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention={implementation!r} is not one of {IMPLEMENTATIONS}")
-    if here not in PLATFORMS[implementation]:
-        raise ValueError(
-            f"attention={implementation} does not run on {here} (only on "
-            f"{' and '.join(PLATFORMS[implementation])}): use xla, or leave it empty"
-        )
+    check_body("attention", implementation, here, PLATFORMS, instead="xla")
     if implementation == "splash" and not splash.fits(length, head):
         raise ValueError(
             f"attention=splash wants a sequence_length and a head_dim that are multiples of "

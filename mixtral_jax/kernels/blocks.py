@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mixtral_jax.kernels import vary_like
+from mixtral_jax.kernels.rows import starts
 
 STEP_ROWS = 64  # blocks are multiples of it: fewer are slower a row, more waste part-full blocks
 STEPS = 8  # in the largest block
@@ -59,7 +60,7 @@ def for_each_block(
     A block never reaches past the array: near its end the block moves up, and the mask keeps only
     the rows that no earlier block has had.
     """
-    starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
+    starts_E = starts(group_sizes_E)
     sizes = sorted({min(STEP_ROWS * (i + 1), num_rows) for i in range(STEPS)})
     largest = sizes[-1]
 

@@ -6,10 +6,14 @@ are kept: the backward pass makes them again from the sum of their exponentials.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+
+from mixtral_jax.kernels.blocks import dot
 
 KEPT = "attention_chunks"
 """Name, for checkpoint policies, of what the backward pass wants: the output and the logsumexp."""
@@ -24,9 +28,7 @@ def fits(length: int) -> bool:
     return length % CHUNKS == 0 and length >= SHORTEST
 
 
-def _dot(a, b, a_axis: int, b_axis: int):
-    dimensions = (((a_axis,), (b_axis,)), ((), ()))
-    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+_dot = partial(dot, dtype=jnp.float32)
 
 
 def _chunks(length: int):

@@ -27,10 +27,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mixtral_jax.kernels import device_kind, platform, vary_like
+from mixtral_jax.kernels import check_body, device_kind, platform, vary_like
 from mixtral_jax.kernels.rows import segment_map, starts, take_rows
 
-IMPLEMENTATIONS = ("local", "padded", "ragged")
 PLATFORMS = {
     "local": ("cpu", "gpu", "tpu"),
     "padded": ("cpu", "gpu", "tpu"),
@@ -52,13 +51,7 @@ def resolve(implementation: str | None, expert_shards: int) -> str:
             return "local"
         padded = here == "cpu" or device_kind() in WITHOUT_RAGGED
         return "padded" if padded else "ragged"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"exchange={implementation!r} is not one of {IMPLEMENTATIONS}")
-    if here not in PLATFORMS[implementation]:
-        raise ValueError(
-            f"exchange={implementation} does not run on {here} (only on "
-            f"{' and '.join(PLATFORMS[implementation])}): use padded, or leave it empty"
-        )
+    check_body("exchange", implementation, here, PLATFORMS, instead="padded")
     if implementation == "local" and expert_shards > 1:
         raise ValueError(
             f"exchange=local cannot reach experts on {expert_shards} devices: use padded or ragged"

@@ -17,10 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mixtral_jax.kernels import megablox, platform, vary_like
+from mixtral_jax.kernels import check_body, megablox, platform, vary_like
 from mixtral_jax.kernels.blocks import blocks
 
-IMPLEMENTATIONS = ("megablox", "ragged_dot", "tokamax", "blocks")
 PLATFORMS = {
     "megablox": ("tpu",),
     "ragged_dot": ("cpu", "gpu", "tpu"),
@@ -47,13 +46,7 @@ def resolve(implementation: str | None, rows: int, width: int, hidden: int) -> s
         if here == "cpu":
             return "blocks"
         return "megablox" if here == "tpu" and aligned else "ragged_dot"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"grouped_matmul={implementation!r} is not one of {IMPLEMENTATIONS}")
-    if here not in PLATFORMS[implementation]:
-        raise ValueError(
-            f"grouped_matmul={implementation} does not run on {here} (only on "
-            f"{' and '.join(PLATFORMS[implementation])}): use ragged_dot, or leave it empty"
-        )
+    check_body("grouped_matmul", implementation, here, PLATFORMS, instead="ragged_dot")
     if not installed(implementation):
         raise ValueError(
             f"grouped_matmul={implementation} wants a package that is not installed: "
@@ -88,7 +81,7 @@ def grouped_matmul(
       transposed: the matrices are given as [E, F, D], which is how a TPU wants those whose F is
         split over devices: neither they nor their gradient are copied into another layout.
       zeros: false if rows past the last group may come out as anything; megablox saves a pass.
-      implementation: one of IMPLEMENTATIONS; None is the platform's best.
+      implementation: one of PLATFORMS; None is the platform's best.
     Returns:
       out_RF in the type of x.
     """

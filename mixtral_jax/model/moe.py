@@ -23,7 +23,7 @@ from mixtral_jax.kernels import apart, grouped_matmul
 from mixtral_jax.kernels import exchange as exchanges
 from mixtral_jax.kernels.experts import experts as experts_of
 from mixtral_jax.kernels.gather import all_gather
-from mixtral_jax.kernels.rows import segment_map, take_rows
+from mixtral_jax.kernels.rows import segment_map, starts, take_rows
 from mixtral_jax.model.layers import matrix
 from mixtral_jax.model.router import RoutingStatistics, local_statistics, route
 
@@ -81,18 +81,14 @@ def keep_rows(ids_TC: jax.Array, experts: int, capacity: int | None):
     """
     ids_A = ids_TC.T.reshape(-1)
     # Counting: a comparison sort takes XLA 16 s to compile for TPU. Padding sorts behind the last.
-    counted_A = jnp.arange(ids_A.size, dtype=jnp.int32)
+    numbers_A = jnp.arange(ids_A.size, dtype=jnp.int32)
     chosen_EA = (ids_A[None] == jnp.arange(experts + 1)[:, None]).astype(jnp.int32)
     rank_EA = jnp.cumsum(chosen_EA, axis=1) - chosen_EA
     rank_A = (rank_EA * chosen_EA).sum(axis=0)
     chosen_E = chosen_EA.sum(axis=1)
-    starts_E = jnp.cumsum(chosen_E) - chosen_E
-    position_A = (starts_E[:, None] * chosen_EA).sum(axis=0) + rank_A
-    order_A = (
-        jnp.zeros_like(ids_A)
-        .at[position_A]
-        .set(counted_A, unique_indices=True, mode="promise_in_bounds")
-    )
+    position_A = (starts(chosen_E)[:, None] * chosen_EA).sum(axis=0) + rank_A
+    places_A = jnp.zeros_like(ids_A).at[position_A]
+    order_A = places_A.set(numbers_A, unique_indices=True, mode="promise_in_bounds")
     chosen_E = chosen_E[:experts]
     kept_E = chosen_E if capacity is None else jnp.minimum(chosen_E, capacity)
     return order_A, rank_A.reshape(ids_TC.T.shape), chosen_E, kept_E
@@ -101,8 +97,7 @@ def keep_rows(ids_TC: jax.Array, experts: int, capacity: int | None):
 def dispatch_rows(ids_TC, order_A, rank_CT, chosen_E, kept_E, offsets_E, send_rows) -> Dispatch:
     """Lay the kept assignments out in a send buffer where expert i's rows start at offsets[i]."""
     tokens, assignments = ids_TC.shape[0], order_A.shape[0]
-    starts_E = jnp.cumsum(chosen_E) - chosen_E
-    sorted_R = segment_map(offsets_E, starts_E, kept_E, send_rows, assignments)
+    sorted_R = segment_map(offsets_E, starts(chosen_E), kept_E, send_rows, assignments)
     assignment_R = order_A.at[sorted_R].get(mode="fill", fill_value=assignments)
     token_R = jnp.where(assignment_R < assignments, assignment_R % tokens, tokens)
     ids_CT = ids_TC.T

@@ -102,8 +102,8 @@ def test_parameters_are_those_of_the_abstract_model():
     assert cost_model.parameters(config) == sum(leaf.size for leaf in state)
 
 
-# mesh, sequences, policy, factor; GiB, compiler's seconds with the rows in use (None where the
-# kernels had other tiles), seconds on links.
+# mesh, sequences, policy, factor; GiB, the compiler's seconds of the rows in use and our price for
+# attention (None where the kernels had other tiles), seconds on links.
 # From `python train.py --config configs/planned.yaml model.preset=mixtral_8x7b ... --compile-only`.
 REPORTS = [
     ("v5p:4x4x4", {"fsdp": 16, "expert": 4}, 128, "no_up", 1.25, 49.12, 2.687, 0.317),
