@@ -1,6 +1,7 @@
 """Every test runs on eight emulated CPU devices, and an implicit change of rank is an error."""
 
 import os
+import pathlib
 import socket
 import tempfile
 
@@ -8,6 +9,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # libtpu compiles here: it looks for no TPU, and another process may use it too.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+# A command whose main is called here must not begin this process again (with_huge_pages).
+os.environ.setdefault("GLIBC_TUNABLES", "")
 
 import hypothesis
 import jax
@@ -52,6 +55,21 @@ hypothesis.settings.register_profile(
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.load_profile("project")
+
+
+MOST_MAPPINGS = 20_000  # Linux gives a process 65,530 of them, and XLA crashes at the next
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Forget the programs of modules that have ended: each keeps several pieces of memory mapped.
+
+    What is wanted again comes from the compilation cache on disk.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
