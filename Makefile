@@ -4,13 +4,15 @@
 # make setup        only the virtual environment, in .venv
 # make clean        removes the environment and caches; runs/ stays
 #
-# Variables: PYTHON (3.11 or newer), ARGS (more arguments for train.py or pytest):
+# Variables: PYTHON (3.11 or newer), ARGS (more arguments for train.py or pytest), WORKERS
+# (processes that share the tests, of up to 5 GB each):
 #   make quickstart PYTHON=python3.12 ARGS="training.steps=50 mesh.expert=2"
 #   make test ARGS="-k router -x"
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 
 RUN := runs/quickstart
 BIN := $(VENV)/bin
@@ -46,7 +48,7 @@ quickstart: setup
 	@echo "More: $(BIN)/python generate.py --checkpoint $(RUN) --prompt 'def main('"
 
 test: setup-dev $(INSTALLED_TPU)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check --extend-exclude ".venv*" .

@@ -6,6 +6,9 @@ start in another and a length.
 
 from __future__ import annotations
 
+import operator
+from functools import reduce
+
 import jax
 import jax.numpy as jnp
 
@@ -56,7 +59,9 @@ def _take_rows_forward(x_SD, index_R, inverse_CS):
 
 
 def _take_rows_backward(inverse_CS, g_RD):
-    return _rows_at(g_RD, inverse_CS).sum(axis=0), None, None
+    taken_CSD = _rows_at(g_RD, inverse_CS)
+    # Added one by one: they are few, and XLA:CPU's sum over so short an axis is slow.
+    return reduce(operator.add, (taken_CSD[c] for c in range(taken_CSD.shape[0]))), None, None
 
 
 take_rows.defvjp(_take_rows_forward, _take_rows_backward)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from mixtral_jax.model.router import RoutingStatistics
 
@@ -30,9 +31,8 @@ class TokenSums(NamedTuple):
 def token_sums(logits_BLV: jax.Array, targets_BL: jax.Array, real_BL: jax.Array) -> TokenSums:
     """Cross-entropy and squared logsumexp of float32 logits, summed where real_BL is true.
 
-    The target's logit is picked by comparison, not by index, so that the vocabulary may be split
-    over devices. The backward pass keeps nothing as large as the logits but the logits: softmax
-    is made again, in the one pass that writes their gradient.
+    The backward pass keeps nothing as large as the logits but the logits: softmax is made again, in
+    the one pass that writes their gradient.
     """
     return _token_sums_forward(logits_BLV, targets_BL, real_BL)[0]
 
@@ -41,12 +41,33 @@ def _is_target(logits_BLV, targets_BL):
     return targets_BL[:, :, None] == jnp.arange(logits_BLV.shape[-1])[None, None, :]
 
 
+def _target_logits(logits_BLV, targets_BL):
+    """Each target's logit: by index, or by comparison where the vocabulary is split over devices.
+
+    A comparison that XLA:CPU does not fuse writes an array as large as the logits.
+    """
+    batch, length, vocabulary = jax.typeof(logits_BLV).sharding.spec
+    if vocabulary is not None:
+        chosen_BLV = jnp.where(_is_target(logits_BLV, targets_BL), logits_BLV, 0)
+        return chosen_BLV.sum(axis=-1)
+
+    def pick(logits_BLV, targets_BL):
+        return jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
+
+    if batch is None and length is None:
+        return pick(logits_BLV, targets_BL)
+    # Of each device's own tokens: a gather among split dimensions would have to say so.
+    over = PartitionSpec(batch, length)
+    targets_BL = jax.sharding.reshard(targets_BL, over)
+    return jax.shard_map(pick, in_specs=(over, over), out_specs=over)(logits_BLV, targets_BL)
+
+
 def _token_sums_forward(logits_BLV, targets_BL, real_BL):
     logsumexp_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
-    chosen_BLV = jnp.where(_is_target(logits_BLV, targets_BL), logits_BLV, 0)
+    target_BL = _target_logits(logits_BLV, targets_BL)
     weight_BL = real_BL.astype(jnp.float32)
     sums = TokenSums(
-        cross_entropy=jnp.sum(weight_BL * (logsumexp_BL - jnp.sum(chosen_BLV, axis=-1))),
+        cross_entropy=jnp.sum(weight_BL * (logsumexp_BL - target_BL)),
         squared_logsumexp=jnp.sum(weight_BL * logsumexp_BL**2),
         tokens=weight_BL.sum(),
     )
