@@ -14,7 +14,7 @@ from mixtral_jax import config_io
 from mixtral_jax.command_line import Parser, report
 from mixtral_jax.config import Config, InputError
 from mixtral_jax.data.corpus import open_corpus
-from mixtral_jax.data.tokenizer import sample, train_tokenizer
+from mixtral_jax.data.tokenizer import sample, sample_bytes, train_tokenizer
 
 
 def run(config: Config, output: pathlib.Path, overwrite: bool = False) -> None:
@@ -26,7 +26,7 @@ def run(config: Config, output: pathlib.Path, overwrite: bool = False) -> None:
     if output.exists() and not overwrite:
         raise InputError(f"{output} exists: name another --output or add --overwrite")
     corpus = open_corpus(config)
-    texts = list(sample(corpus.training_texts()))
+    texts = list(sample(corpus.training_texts(), sample_bytes(config.model.vocab_size)))
     tokenizer = train_tokenizer(texts, config.model.vocab_size)
     tokenizer.save(output)
     total = sum(map(len, corpus.train))

@@ -7,7 +7,8 @@ import math
 import pathlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -95,6 +96,8 @@ class Run:
         if config.training.validate_every:
             self.held_out = validation_set(config, self.tokenizer, corpus)
         start_up.end("data")
+        # Beside making the state, which on CPU is mostly compiling too.
+        self._compiling = ThreadPoolExecutor(1, "compile").submit(self._compile)
         self.state, self.first = self._begin(folder, begun)
         start_up.end("state")
         self.folder = run_folder.write(config)
@@ -154,7 +157,9 @@ class Run:
         if self.first >= steps:
             _say(f"{self.folder} is complete at step {self.first}: raise training.steps to go on")
             return
-        train_step = self._compile()
+        self._say_what_runs()
+        train_step, seconds = self._compiling.result()
+        _say(f"compiled in {seconds:.1f} s")
         self._start_up.end("compiling")
         clock = Clock()
         with stop_signals() as signals:
@@ -181,8 +186,16 @@ class Run:
                     return
         self._finish()
 
-    def _compile(self):
-        """The step, compiled; says what is about to run and how long that took."""
+    def _compile(self) -> tuple[Callable, float]:
+        """The step, compiled, and how many seconds that took; for a thread of its own."""
+        began = time.perf_counter()
+        with jax.set_mesh(self.mesh):
+            step = jax.jit(make_train_step(self.config), donate_argnums=0)
+            abstract = abstract_train_state(self.config, self.mesh)
+            compiled = step.lower(abstract, self.placement.abstract()).compile()
+        return compiled, time.perf_counter() - began
+
+    def _say_what_runs(self) -> None:
         model, training = self.config.model, self.config.training
         _say(
             f"Mixtral of {model.num_parameters:,} parameters, {model.num_active_parameters:,} "
@@ -191,12 +204,6 @@ class Run:
         )
         kernels = kernels_of_step(self.config)
         _say("kernels: " + ", ".join(f"{key} {name}" for key, name in kernels.items()))
-        began = time.perf_counter()
-        step = jax.jit(make_train_step(self.config), donate_argnums=0)
-        abstract = abstract_train_state(self.config, self.mesh)
-        compiled = step.lower(abstract, self.placement.abstract()).compile()
-        _say(f"compiled in {time.perf_counter() - began:.1f} s")
-        return compiled
 
     def _check(self, step: int, metrics: Any) -> Any:
         """Stop the run if too many steps in a row were skipped."""
