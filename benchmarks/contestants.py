@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import measure
 import ours
@@ -147,24 +148,23 @@ def reading(config: Config, batch: int) -> Turn:
 # ---- who is there ------------------------------------------------------------------------------
 
 
-def _theirs(make, **options):
-    return lambda config, batch: make(config, batch, **options)
+THEIRS = {
+    "transformers float32": {"experts": "grouped_mm", "dtype": "float32"},
+    "transformers float32 eager": {"experts": "eager", "dtype": "float32"},
+    "transformers bfloat16": {"experts": "grouped_mm", "dtype": "bfloat16"},
+}
+
+
+def _contestants(we, they, limit: dict) -> dict[str, Callable[[Config, int], Turn]]:
+    return {
+        "mixtral_jax": we,
+        **{name: partial(they, **options) for name, options in THEIRS.items()},
+        **limit,
+    }
 
 
 CONTESTANTS = {
-    "train": {
-        "mixtral_jax": our_training,
-        "transformers float32": _theirs(their_training, experts="grouped_mm", dtype="float32"),
-        "transformers float32 eager": _theirs(their_training, experts="eager", dtype="float32"),
-        "transformers bfloat16": _theirs(their_training, experts="grouped_mm", dtype="bfloat16"),
-        "dense products": dense_products,
-    },
-    "decode": {
-        "mixtral_jax": our_decoding,
-        "transformers float32": _theirs(their_decoding, experts="grouped_mm", dtype="float32"),
-        "transformers float32 eager": _theirs(their_decoding, experts="eager", dtype="float32"),
-        "transformers bfloat16": _theirs(their_decoding, experts="grouped_mm", dtype="bfloat16"),
-        "reading active weights": reading,
-    },
+    "train": _contestants(our_training, their_training, {"dense products": dense_products}),
+    "decode": _contestants(our_decoding, their_decoding, {"reading active weights": reading}),
 }
 LIMITS = ("dense products", "reading active weights")

@@ -1,8 +1,9 @@
 """What the benchmarks share: turns and medians, the machine's limits, and the lines they print.
 
-A line is one JSON object: `benchmark`, the sizes, the figures, and last `machine`, `versions` and
-`date`. Where a limit is known, `limit_seconds` is the time that the machine would need if it did
-nothing but that work, and `of_limit` is limit_seconds / seconds: 1 is perfect.
+A line is one JSON object: `benchmark`, the sizes, the figures, `xla_flags` if XLA_FLAGS says any,
+and last `machine`, `versions` and `date`. Where a limit is known, `limit_seconds` is the time that
+the machine would need if it did nothing but that work, and `of_limit` is limit_seconds / seconds: 1
+is perfect.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from mixtral_jax.config import InputError
 HERE = pathlib.Path(__file__).resolve().parent
 LEAST_SECONDS = 0.02  # of a turn: work that is shorter is repeated within it
 READ_BYTES = {"cpu": 2**29, "gpu": 2**32, "tpu": 2**31}  # far more than any cache holds
+XLA_FLAGS = os.environ.get("XLA_FLAGS", "").strip()  # as the user gave them
 PRODUCT_SIZE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # of a square matrix
 
 
@@ -135,7 +137,8 @@ def product_rate(dtype: str, turns: int = 5) -> float:
 
 def show(benchmark: str, figures: dict[str, Any], about: dict[str, str] | None = None) -> None:
     """Print one line, floats to four digits. `about` is that of another process, if it worked."""
-    line = {"benchmark": benchmark, **figures, **(about or about_machine())}
+    flags = {"xla_flags": XLA_FLAGS} if XLA_FLAGS else {}
+    line = {"benchmark": benchmark, **figures, **flags, **(about or about_machine())}
     print(json.dumps(_rounded(line)), flush=True)
 
 

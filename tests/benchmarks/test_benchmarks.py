@@ -209,6 +209,18 @@ def test_a_median_of_turns(monkeypatch):
     assert called == ["a", "a", "b", "b", *["a", "b"] * 3]
 
 
+def test_flags_for_xla_are_a_part_of_the_line(monkeypatch, capsys):
+    """Otherwise runs with and without them look the same."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import measure
+
+    measure.show("x", {"seconds": 1.0})
+    monkeypatch.setattr(measure, "XLA_FLAGS", "--xla_a=b")
+    measure.show("x", {"seconds": 1.0})
+    plain, flagged = map(json.loads, capsys.readouterr().out.splitlines())
+    assert flagged == {**plain, "xla_flags": "--xla_a=b"}
+
+
 # ---- tables ------------------------------------------------------------------------------------
 
 
