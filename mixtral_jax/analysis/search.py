@@ -11,6 +11,7 @@ from mixtral_jax.analysis import torus
 from mixtral_jax.analysis.chips import SliceName
 from mixtral_jax.analysis.cost_model import Estimate, estimate
 from mixtral_jax.config import REMAT_POLICIES, Config, InputError, MeshConfig, check_mesh
+from mixtral_jax.kernels.exchange import WITHOUT_RAGGED
 from mixtral_jax.model.flops import training_flops_per_token
 
 SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 36, 48, 64)
@@ -78,7 +79,7 @@ def plans(base: Config, target: SliceName, slices: int, choices: Choices) -> lis
     """
     best: dict[tuple, Plan] = {}
     for mesh in meshes(base, target, slices):
-        for config in _configs(base, mesh, choices):
+        for config in _configs(base, mesh, choices, target):
             plan = judge(config, target, slices)
             known = best.get(plan.key)
             if fits(plan, target) and (
@@ -101,11 +102,15 @@ def judge(config: Config, target: SliceName, slices: int) -> Plan:
     return Plan(config, found, speed, speed * flops / (chip.per_chip * chip.peak_flops))
 
 
-def _configs(base: Config, mesh: MeshConfig, choices: Choices) -> Iterator[Config]:
-    """The base on a mesh with every policy, exchange, type and size of batch."""
+def _configs(
+    base: Config, mesh: MeshConfig, choices: Choices, target: SliceName
+) -> Iterator[Config]:
+    """The base on a mesh with every policy, exchange of the chip's, type and size of batch."""
     exchanges = [("", None)]
     if mesh.expert > 1:
-        exchanges = [("ragged", None), ("ragged", RECEIVE_FACTOR), ("padded", RECEIVE_FACTOR)]
+        exchanges = [("padded", RECEIVE_FACTOR)]
+        if target.chip.device_kind not in WITHOUT_RAGGED:
+            exchanges += [("ragged", None), ("ragged", RECEIVE_FACTOR)]
     policies = [name for name in REMAT_POLICIES if name != "none" or base.model.remat == "none"]
     for remat, (exchange, factor), dtype in itertools.product(
         policies, exchanges, choices.param_dtypes

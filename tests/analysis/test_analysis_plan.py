@@ -51,6 +51,12 @@ def test_bounded_buffers_beat_the_worst_case_and_experts_spread_beat_copies(plan
     assert best(param_dtype="bfloat16") >= best(param_dtype="float32")
 
 
+def test_no_plan_has_an_exchange_that_the_compiler_refuses_there(plans):
+    assert {found.config.model.exchange for found in plans} == {"", "ragged", "padded"}
+    found = search.plans(BASE, chips.parse("v5e:8x8"), 1, search.Choices())
+    assert {one.config.model.exchange for one in found if one.config.mesh.expert > 1} == {"padded"}
+
+
 def test_a_batch_asked_for_is_made_of_microbatches():
     found = search.plans(BASE, chips.parse("v5p:4x4x4"), 1, search.Choices(batch_size=1024))
     assert found
