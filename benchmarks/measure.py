@@ -31,8 +31,8 @@ from mixtral_jax.config import InputError
 HERE = pathlib.Path(__file__).resolve().parent
 LEAST_SECONDS = 0.02  # of a turn: work that is shorter is repeated within it
 READ_BYTES = {"cpu": 2**29, "gpu": 2**32, "tpu": 2**31}  # far more than any cache holds
-XLA_FLAGS = os.environ.get("XLA_FLAGS", "").strip()  # as the user gave them
 PRODUCT_SIZE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # of a square matrix
+XLA_FLAGS = os.environ.get("XLA_FLAGS", "").strip()  # as the user gave them
 
 
 # ---- commands ----------------------------------------------------------------------------------

@@ -96,9 +96,11 @@ class Run:
         if config.training.validate_every:
             self.held_out = validation_set(config, self.tokenizer, corpus)
         start_up.end("data")
-        # Beside making the state, which on CPU is mostly compiling too.
-        self._compiling = ThreadPoolExecutor(1, "compile").submit(self._compile)
-        self.state, self.first = self._begin(folder, begun)
+        checkpoints, self.first = self._found(folder, begun)
+        if self.first < config.training.steps:
+            # Beside making the state, which on CPU is mostly compiling too.
+            self._compiling = ThreadPoolExecutor(1, "compile").submit(self._compile)
+        self.state = self._fresh_state() if checkpoints is None else self._restored(checkpoints)
         start_up.end("state")
         self.folder = run_folder.write(config)
         if self.tokenizer is not None and jax.process_index() == 0:
@@ -122,25 +124,28 @@ class Run:
             )
         return tokenizer
 
-    def _begin(self, folder: pathlib.Path, begun: bool) -> tuple[TrainState, int]:
-        """A fresh state and step 0, or what the newest checkpoint holds."""
-        config, wanted = self.config, self.config.run.resume_step
-        steps = []
+    def _found(self, folder: pathlib.Path, begun: bool) -> tuple[Checkpoints | None, int]:
+        """The checkpoints to go on from, if there are any, and the step; otherwise step 0."""
+        wanted, checkpoints, steps = self.config.run.resume_step, None, []
         if begun and (folder / FOLDER).is_dir():
-            checkpoints = Checkpoints(folder, config.training.keep_checkpoints)
+            checkpoints = Checkpoints(folder, self.config.training.keep_checkpoints)
             steps = checkpoints.steps()
         if wanted is not None and wanted not in steps:
             raise InputError(f"run.resume_step={wanted} is not a checkpoint of {folder}: {steps}")
         if not steps:
-            return self._fresh_state(), 0
-        step = steps[-1] if wanted is None else wanted
+            return None, 0
+        return checkpoints, steps[-1] if wanted is None else wanted
+
+    def _restored(self, checkpoints: Checkpoints) -> TrainState:
+        """What the checkpoint of the first step holds; the batches go on from there too."""
+        config, step = self.config, self.first
         state, extras = checkpoints.restore(step, abstract_train_state(config, self.mesh))
         for path in checkpoints.set_aside_after(step):
             _say(f"moved the newer checkpoint to {path}")
         checkpoints.close()
         self.batches.restore(extras.data_state[self.placement.rows], step)
-        _say(f"resuming {folder} at step {step}")
-        return state, step
+        _say(f"resuming {config.run.dir} at step {step}")
+        return state
 
     def _fresh_state(self) -> TrainState:
         """Random weights, or those of model.checkpoint."""

@@ -15,6 +15,7 @@ from mixtral_jax.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
     sample,
+    sample_bytes,
     train_tokenizer,
 )
 
@@ -78,6 +79,13 @@ def test_the_sample_is_bounded():
     assert list(sample(["abc", "déf", "ghi"], 5)) == ["abc", "d"]
     assert list(sample(["abc", "def", "ghi"], 6)) == ["abc", "def"]
     assert list(sample(iter(["ab"]), 6)) == ["ab"]
+
+
+def test_text_beyond_the_sample_changes_nothing():
+    texts = ["zebra stripes, "] * (sample_bytes(278) // 15 + 1)
+    tokenizer = train_tokenizer(texts, 278)
+    assert train_tokenizer([*texts, *["okapi"] * 9999], 278).model_bytes == tokenizer.model_bytes
+    assert train_tokenizer(["okapi"] * 9999 + texts, 278).model_bytes != tokenizer.model_bytes
 
 
 def test_vocabularies_that_do_not_fit_the_text():

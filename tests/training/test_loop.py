@@ -88,8 +88,11 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(whole, tmp_path, monkeypa
     assert "resuming" in capfd.readouterr().out
     assert lines(folder) == lines(whole)
     assert checksums(folder, 6) == checksums(whole, 6)
+    compiled = []
+    monkeypatch.setattr(loop.Run, "_compile", lambda self: compiled.append(self))
     loop.train(config)
     assert "complete at step 6" in capfd.readouterr().out
+    assert not compiled
 
 
 def test_a_run_goes_on_on_another_mesh_with_the_same_losses(whole, tmp_path):
