@@ -15,7 +15,7 @@ from mixtral_jax.kernels import chunks, cudnn, platform, splash
 from mixtral_jax.kernels.attention import resolve
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.cache import LayerCache, make_cache
-from mixtral_jax.model.layers import RMSNorm, logits_of, matrix
+from mixtral_jax.model.layers import RMSNorm, logits_of, logits_of_transposed, matrix
 from mixtral_jax.model.moe import MoE, exchange_of, grouped_matmul_of
 from mixtral_jax.model.router import RoutingStatistics
 
@@ -94,8 +94,11 @@ class Mixtral(nnx.Module):
 
     Calling it gives logits. `forward`, which gives more, runs inside `with jax.set_mesh(mesh):`
     and wants a batch that splits over the mesh's data, fsdp and expert axes. `layers` is one Block
-    with stacked parameters, or, after `unstacked.unstacked`, a list of Blocks.
+    with stacked parameters, or, after `unstacked.unstacked`, a list of Blocks; then `head_VD`
+    stands for head_DV.
     """
+
+    head_VD: nnx.Param | None = None
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         embed_key, layers_key, head_key = jax.random.split(key, 3)
@@ -150,8 +153,7 @@ class Mixtral(nnx.Module):
             here_BL = jnp.arange(x_BLD.shape[1])[None] == logits_at_B[:, None]
             x_BLD = jnp.einsum("BL,BLD->BD", here_BL.astype(x_BLD.dtype), x_BLD)[:, None]
         with jax.named_scope("head"):
-            head_DV = sharding.shard(self.head_DV[...].astype(x_BLD.dtype), None, "vocabulary")
-            logits_BLV = logits_of(self.norm(x_BLD), head_DV)
+            logits_BLV = self._logits(self.norm(x_BLD))
         return Forward(logits_BLV, statistics, cache)
 
     def empty_cache(self, batch: int, slots: int) -> LayerCache | tuple[LayerCache, ...]:
@@ -165,6 +167,13 @@ class Mixtral(nnx.Module):
         dtype = compute_dtype(self.config)
         table_VD = sharding.shard(self.embedding_VD[...].astype(dtype), None, None)
         return table_VD.at[tokens_BL].get(out_sharding=sharding.spec("batch", None, None))
+
+    def _logits(self, x_BLD):
+        if self.head_VD is not None:
+            head_VD = sharding.shard(self.head_VD[...].astype(x_BLD.dtype), "vocabulary", None)
+            return logits_of_transposed(x_BLD, head_VD)
+        head_DV = sharding.shard(self.head_DV[...].astype(x_BLD.dtype), None, "vocabulary")
+        return logits_of(x_BLD, head_DV)
 
     def _run_layers(self, x_BLD, positions_BL, segments_BL, cache):
         if not isinstance(self.layers, Block):

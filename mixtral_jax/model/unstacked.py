@@ -26,7 +26,7 @@ def unstacked(model: Mixtral) -> Mixtral:
     Returns:
       A model for `forward`, with arrays of at least the type that it computes in. They share the
       memory of the given model's where they have the same type and begin where XLA wants arrays to
-      begin, at multiples of 64 bytes.
+      begin, at multiples of 64 bytes. The head is transposed, so a copy.
     """
     widen = partial(_placed, dtype=compute_dtype(model.config))
     graphdef, params = nnx.split(model)
@@ -36,11 +36,24 @@ def unstacked(model: Mixtral) -> Mixtral:
         nnx.merge(layer_graphdef, _map(lambda p, i=i: _layer(p, i, widen), stacked))
         for i in range(model.config.num_hidden_layers)
     )
-    for name in ("embedding_VD", "head_DV"):
-        param = getattr(new, name)
-        array, logical = param.get_value(), param.get_metadata("logical_axes")
-        setattr(new, name, nnx.Param(widen(array, array.shape, logical), logical_axes=logical))
+    new.embedding_VD = _whole(new.embedding_VD, widen)
+    head_DV = _whole(new.head_DV, widen)
+    del new.head_DV
+    new.head_VD = _transposed(head_DV)
     return new
+
+
+def _whole(param: nnx.Param, widen) -> nnx.Param:
+    array, logical = param.get_value(), param.get_metadata("logical_axes")
+    return nnx.Param(widen(array, array.shape, logical), logical_axes=logical)
+
+
+def _transposed(param: nnx.Param) -> nnx.Param:
+    logical = param.get_metadata("logical_axes")[::-1]
+    array = param.get_value()
+    where = NamedSharding(array.sharding.mesh, sharding.spec(*logical))
+    with sharding.no_mesh():
+        return nnx.Param(jax.jit(jnp.transpose, out_shardings=where)(array), logical_axes=logical)
 
 
 def _map(function, params: nnx.State) -> nnx.State:

@@ -49,7 +49,8 @@ def addresses(array: jax.Array) -> set[int]:
 def test_it_shares_the_memory(sizes):
     model = model_on(sharding.make_mesh(*sizes))
     new = unstacked(model)
-    assert addresses(new.head_DV.get_value()) == addresses(model.head_DV.get_value())
+    embedding_VD = model.embedding_VD.get_value()
+    assert addresses(new.embedding_VD.get_value()) == addresses(embedding_VD)
     gate_LEDF = model.layers.moe.gate_EDF.get_value()
     first = new.layers[0].moe.gate_EDF.get_value()
     assert len(first) == 4 // sizes[2]
