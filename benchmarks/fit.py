@@ -73,7 +73,7 @@ def fit(
         return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=where)
 
     whole, real = rows_of(jnp.int32), rows_of(jnp.float32)
-    rows = Rows(whole, whole, rows_of(jnp.uint32), Parameters(real, whole, real))
+    rows = Rows(whole, whole, rows_of(jnp.uint32), Parameters(real, whole, *[real] * 5))
     tokens = rows_of(jnp.int32, context // 2)
     prefill, decode = programs(graphdef, 2)
     began = time.perf_counter()

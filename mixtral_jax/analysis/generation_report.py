@@ -84,7 +84,7 @@ def two_programs(model: ModelConfig, mesh: jax.sharding.Mesh, batch: Batch) -> d
         return jax.ShapeDtypeStruct((batch.sequences, *shape), dtype, sharding=where)
 
     whole, real = array(jnp.int32), array(jnp.float32)
-    rows = Rows(whole, whole, array(jnp.uint32), Parameters(real, whole, real))
+    rows = Rows(whole, whole, array(jnp.uint32), Parameters(real, whole, *[real] * 5))
     tokens = array(jnp.int32, length)
     first, step = programs(graphdef, EOS)
     with jax.set_mesh(mesh):

@@ -251,6 +251,10 @@ class Engine:
                 column(np.float32, (o.temperature for o in options)),
                 column(np.int32, (o.top_k for o in options)),
                 column(np.float32, (o.top_p for o in options)),
+                min_p_B=np.zeros(len(tokens_BL), np.float32),
+                repetition_B=np.ones(len(tokens_BL), np.float32),
+                presence_B=np.zeros(len(tokens_BL), np.float32),
+                frequency_B=np.zeros(len(tokens_BL), np.float32),
             ),
         )
         placed = jax.device_put((tokens_BL, rows), NamedSharding(self._mesh, batch))

@@ -1,7 +1,13 @@
-"""Logits to tokens: greedy, temperature, top-k and top-p, each row by its own parameters and key.
+"""Logits to tokens: penalties, filters and the draw, each row by its own parameters and key.
 
-A row's choice depends on nothing but its own logits, parameters and key. The filters follow Hugging
-Face transformers' warpers, in their order: temperature, then top-k, then top-p.
+    logits_BV = penalize(logits_BV, parameters, history, bias_BV, forbidden_BV)
+    token_B = sample(row_keys(seed_B, step_B), logits_BV, parameters)
+
+A row's choice depends on nothing but its own logits, parameters, history and key. The order is that
+of Hugging Face transformers' `_get_logits_processor`: logit bias, repetition penalty, tokens that
+are forbidden, then temperature, top-k, top-p and min-p. OpenAI's presence and frequency penalties,
+which transformers lacks, follow the repetition penalty, as in vLLM. What no row of the batch asks
+for is skipped.
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 LEAST_TEMPERATURE = 1e-6  # below it, differences between float32 logits leave float32
+LEAST_TOP_P = 1e-30  # keeps one token
 
 
 class Parameters(NamedTuple):
@@ -24,6 +31,33 @@ class Parameters(NamedTuple):
     """int32, how many of the most likely tokens to choose from; 0 is all."""
     top_p_B: jax.Array
     """float32 in 0..1: choose from the fewest tokens whose probabilities reach this; 1 is all."""
+    min_p_B: jax.Array
+    """float32 in 0..1: drop tokens less likely than this many times the most likely; 0 is off."""
+    repetition_B: jax.Array
+    """float32 above 0: what the logits of tokens in the prompt or made so far are divided by, or
+    multiplied by where they are negative; 1 is off."""
+    presence_B: jax.Array
+    """float32, subtracted from the logits of tokens made so far; 0 is off."""
+    frequency_B: jax.Array
+    """float32, subtracted as many times as the token has been made; 0 is off."""
+
+
+class History(NamedTuple):
+    """Which tokens each row has seen."""
+
+    in_prompt_BV: jax.Array
+    """bool, whether the prompt has the token."""
+    made_BV: jax.Array
+    """int32, how often the token has been made."""
+
+
+class LogProbabilities(NamedTuple):
+    """Natural logarithms of probabilities, float32."""
+
+    chosen_B: jax.Array
+    top_ids_BN: jax.Array
+    """int32, the N most likely tokens, best first; of equals, the lower id first."""
+    top_BN: jax.Array
 
 
 def row_keys(seed_B: jax.Array, step_B: jax.Array) -> jax.Array:
@@ -33,26 +67,86 @@ def row_keys(seed_B: jax.Array, step_B: jax.Array) -> jax.Array:
     )
 
 
+def penalize(
+    logits_BV: jax.Array,
+    parameters: Parameters,
+    history: History,
+    bias_BV: jax.Array,
+    forbidden_BV: jax.Array,
+) -> jax.Array:
+    """Logits with the bias added, then the penalties taken off, then -inf for forbidden tokens.
+
+    With l the biased logit of a token, c how often it has been made, and r the row's repetition
+    penalty for tokens in the prompt or made, 1 for others:
+
+        (l / r if l > 0 else l * r) - presence * (c > 0) - frequency * c
+
+    A row of which nothing else would be left keeps its forbidden tokens.
+
+    Sources: the repetition penalty is of CTRL (https://arxiv.org/abs/1909.05858, section 4.1), as
+    transformers' RepetitionPenaltyLogitsProcessor has it; presence and frequency are OpenAI's
+    (https://platform.openai.com/docs/advanced-usage, parameter details).
+
+    Args:
+      logits_BV: float32, the model's.
+      history: read only if a row has a penalty.
+      bias_BV: float32, finite or -inf.
+      forbidden_BV: bool, e.g. the ids that end an answer while it is too short to end.
+    """
+    p = parameters
+    logits_BV = logits_BV + bias_BV
+
+    def penalized():
+        made_BV = history.made_BV > 0
+        r_BV = jnp.where(history.in_prompt_BV | made_BV, p.repetition_B[:, None], 1)
+        less_BV = jnp.where(logits_BV > 0, logits_BV / r_BV, logits_BV * r_BV)
+        less_BV = less_BV - jnp.where(made_BV, p.presence_B[:, None], 0)
+        return less_BV - p.frequency_B[:, None] * history.made_BV
+
+    used_B = (p.repetition_B != 1) | (p.presence_B != 0) | (p.frequency_B != 0)
+    logits_BV = jax.lax.cond(used_B.any(), penalized, lambda: logits_BV)
+    allowed_BV = jnp.where(forbidden_BV, -jnp.inf, logits_BV)
+    some_B1 = (allowed_BV > -jnp.inf).any(axis=-1, keepdims=True)
+    return jnp.where(some_B1, allowed_BV, logits_BV)
+
+
 def filter_logits(logits_BV: jax.Array, parameters: Parameters) -> jax.Array:
     """Logits of the distribution to draw from: over the temperature; -inf for excluded tokens.
 
     Top-k keeps every token as likely as the k-th. Top-p keeps, of equally likely tokens at its
-    edge, as many as it needs, higher ids first. Neither leaves a row without a token.
+    edge, as many as it needs, higher ids first. Min-p (https://arxiv.org/abs/2407.01082) drops
+    tokens less likely than min_p times the most likely. None leaves a row without a token, and a
+    row of equal infinities is as one of zeros.
 
     Args:
       logits_BV: float32, unnormalised.
       parameters: greedy rows come out as for the least temperature.
     """
-    temperature_B, top_k_B, top_p_B = parameters
-    vocabulary = logits_BV.shape[1]
-    below_best_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
+    temperature_B, top_k_B, top_p_B, min_p_B, *_ = parameters
+    best_B1 = logits_BV.max(axis=-1, keepdims=True)
+    # The best are 0 apart, infinities too: inf - inf is no number.
+    below_best_BV = jnp.where(logits_BV == best_B1, 0, logits_BV - best_B1)
     scaled_BV = below_best_BV / jnp.maximum(temperature_B, LEAST_TEMPERATURE)[:, None]
+    for keep, limit_B, used_B in (
+        (_keep_top_k, top_k_B, top_k_B > 0),
+        (_keep_top_p, top_p_B, top_p_B < 1),
+    ):
+        scaled_BV = jax.lax.cond(used_B.any(), keep, lambda x, _: x, scaled_BV, limit_B)
+    least_B = jnp.minimum(jnp.log(min_p_B), 0)  # the most likely token's scaled logit is 0
+    return jnp.where(scaled_BV >= least_B[:, None], scaled_BV, -jnp.inf)
+
+
+def _keep_top_k(scaled_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
     code_BV = _ordered_code(scaled_BV)
-
-    count_B = jnp.where(top_k_B == 0, vocabulary, jnp.minimum(top_k_B, vocabulary))
+    vocabulary = scaled_BV.shape[1]
+    count_B = jnp.where(top_k_B <= 0, vocabulary, jnp.minimum(top_k_B, vocabulary))
     kth_B1 = _heaviest_cut(code_BV, jnp.ones_like(code_BV, jnp.int32), count_B)
-    scaled_BV = jnp.where(code_BV >= kth_B1, scaled_BV, -jnp.inf)
+    return jnp.where(code_BV >= kth_B1, scaled_BV, -jnp.inf)
 
+
+def _keep_top_p(scaled_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
+    code_BV = _ordered_code(scaled_BV)
+    top_p_B = jnp.maximum(top_p_B, LEAST_TOP_P)
     probability_BV = jax.nn.softmax(scaled_BV)
     edge_B1 = _heaviest_cut(code_BV, probability_BV, top_p_B)
     above_BV, at_edge_BV = code_BV > edge_B1, code_BV == edge_B1
@@ -92,10 +186,40 @@ def sample(key_B: jax.Array, logits_BV: jax.Array, parameters: Parameters) -> ja
       logits_BV: float32.
     """
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    drawn_B = parameters.temperature_B > 0
 
     def draw():
-        filtered_BV = filter_logits(logits_BV, parameters)
-        drawn_B = jax.vmap(jax.random.categorical)(key_B, filtered_BV).astype(jnp.int32)
-        return jnp.where(parameters.temperature_B > 0, drawn_B, greedy_B)
+        asked = parameters._replace(  # greedy rows ask for no filter
+            top_k_B=jnp.where(drawn_B, parameters.top_k_B, 0),
+            top_p_B=jnp.where(drawn_B, parameters.top_p_B, 1),
+        )
+        filtered_BV = filter_logits(logits_BV, asked)
+        token_B = jax.vmap(jax.random.categorical)(key_B, filtered_BV).astype(jnp.int32)
+        return jnp.where(drawn_B, token_B, greedy_B)
 
-    return jax.lax.cond((parameters.temperature_B > 0).any(), draw, lambda: greedy_B)
+    return jax.lax.cond(drawn_B.any(), draw, lambda: greedy_B)
+
+
+def log_probabilities(logits_BV: jax.Array, token_B: jax.Array, top: int) -> LogProbabilities:
+    """Log probabilities of the tokens chosen and of the N = `top` most likely ones.
+
+    They are the model's own if the logits are, those before penalties and temperature, as OpenAI
+    and vLLM give them.
+
+    Args:
+      logits_BV: float32.
+      token_B: int32 ids within the vocabulary.
+      top: static, may be 0.
+
+    Raises:
+      ValueError: unless top is in 0..V.
+    """
+    if not 0 <= top <= logits_BV.shape[1]:
+        raise ValueError(f"top={top} is not in 0..{logits_BV.shape[1]}, the vocabulary")
+    best_B1 = logits_BV.max(axis=-1, keepdims=True)
+    log_sum_B1 = jnp.log(jnp.exp(logits_BV - best_B1).sum(axis=-1, keepdims=True))
+    chosen_B1 = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)
+    top_BN, top_ids_BN = jax.lax.top_k(logits_BV, top)
+    return LogProbabilities(
+        (chosen_B1 - best_B1 - log_sum_B1)[:, 0], top_ids_BN, top_BN - best_B1 - log_sum_B1
+    )

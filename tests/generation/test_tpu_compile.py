@@ -37,7 +37,7 @@ def test_prefill_and_decode_compile_for_tpu(tpu_mesh):
         return jax.ShapeDtypeStruct((BATCH, *shape), dtype, sharding=where)
 
     whole, real = batch(jnp.int32), batch(jnp.float32)
-    rows = Rows(whole, whole, batch(jnp.uint32), Parameters(real, whole, real))
+    rows = Rows(whole, whole, batch(jnp.uint32), Parameters(real, whole, *[real] * 5))
     tokens = batch(jnp.int32, LENGTH)
     prefill, decode = programs(graphdef, 2)
     with jax.set_mesh(tpu_mesh):
