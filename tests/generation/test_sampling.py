@@ -246,8 +246,14 @@ def test_a_row_depends_on_its_own_seed_and_step_alone():
 def test_penalties_do_not_cross_rows():
     random = np.random.default_rng(9)
     logits_BV = 3 * random.normal(size=(6, VOCABULARY)).astype(np.float32)
-    rows = [PLAIN, penalties(1.3), penalties(presence=0.7), penalties(frequency=-0.3), PLAIN]
-    rows = [*rows, penalties(0.8, 1.0, 0.5, top_k=7, top_p=0.9, min_p=0.1)]
+    rows = [
+        PLAIN,
+        penalties(1.3, top_k=20),
+        penalties(presence=0.7, top_p=0.98),
+        penalties(frequency=-0.3),
+        penalties(0.8),
+        penalties(0.7, 1.0, 0.5, top_k=7, top_p=0.8, min_p=0.1),
+    ]
     tokens = random.integers(0, VOCABULARY, (2, 6, 12)).tolist()
     bias_BV = np.zeros_like(logits_BV)
     forbidden_BV = random.random((6, VOCABULARY)) < 0.3
