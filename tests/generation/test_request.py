@@ -1,5 +1,9 @@
-"""Requests, options, overrides and prompt files: every check that needs no model."""
+"""Requests, options and overrides: every check that needs no model."""
 
+import dataclasses
+import itertools
+import json
+import re
 import subprocess
 import sys
 
@@ -10,34 +14,189 @@ from mixtral_jax.generation.request import (
     Deployment,
     Options,
     Request,
+    check_request,
     check_requests,
     deployment_from_overrides,
-    read_prompts,
 )
 
 NAN, INFINITY = float("nan"), float("inf")
 
 
+IMPOSSIBLE = {
+    "max_new_tokens": (0, -3, 2**31),
+    "min_new_tokens": (-1, 129),
+    "temperature": (-1.0, NAN, 2e6, INFINITY),
+    "top_k": (-1, 2**31),
+    "top_p": (1.5, 0.0, -0.1, NAN),
+    "min_p": (1.5, -0.1, NAN),
+    "repetition_penalty": (0.0, -1.0, 1e-7, 1e7, NAN, INFINITY),
+    "presence_penalty": (-2.1, 2.1, NAN),
+    "frequency_penalty": (-2.1, 2.1, NAN),
+    "n": (0, 129),
+    "seed": (-1, 2**32),
+    "logprobs": (-1, 21),
+    "prompt_logprobs": (-1, 21),
+}
+WHOLE = ["max_new_tokens", "min_new_tokens", "top_k", "n", "seed", "logprobs", "prompt_logprobs"]
+NUMBERS = sorted(IMPOSSIBLE.keys() - WHOLE)
+EVERY = [f.name for f in dataclasses.fields(Options)]
+
+
 @pytest.mark.parametrize(
-    "wrong",
+    ("name", "value"), [(name, value) for name in IMPOSSIBLE for value in IMPOSSIBLE[name]]
+)
+def test_impossible_options_are_named(name, value):
+    with pytest.raises(InputError, match=f"^{name}={re.escape(str(value))} must "):
+        Options(**{name: value})
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(
+    "value",
+    [{"a": 1}, [1], object(), 3j, 10**5000, "x" * 10**6 + "\n"],
+    ids=["object", "list", "thing", "complex", "huge", "long"],
+)
+def test_no_option_takes_every_type(name, value):
+    with pytest.raises(InputError, match=rf"^{name}=.* must ") as caught:
+        Options(**{name: value})
+    assert len(str(caught.value)) < 300
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("value", ["1", True, None, 1.0, 1], ids=repr)
+def test_numbers_are_of_the_right_type(name, value):
+    good = {
+        **dict.fromkeys(WHOLE, type(value) is int),
+        **dict.fromkeys(NUMBERS, type(value) in (int, float)),
+        "echo": value is True,
+    }
+    if value is None:
+        good |= {"logprobs": True, "prompt_logprobs": True}
+    if good.get(name, False):
+        assert getattr(Options(**{name: value}), name) is value
+    else:
+        with pytest.raises(InputError, match=f"^{name}={re.escape(repr(value))} must be (a|true)"):
+            Options(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
     [
-        *({"top_p": p} for p in (1.5, 0.0, -0.1, NAN)),
-        *({"temperature": t} for t in (-1.0, NAN, 2e6, INFINITY)),
-        *({"top_k": k} for k in (-1, 2**31)),
-        *({"max_new_tokens": n} for n in (0, -3)),
-        *({"seed": s} for s in (-1, 2**32)),
+        ({"logit_bias": ((1, 2.0),) * 301}, "logit_bias=301 pairs of .* must be at most 300"),
+        ({"logit_bias": ((1, 2.0), (1, 3))}, "logit_bias=1 must name a token once"),
+        ({"logit_bias": ((1, 2, 3),)}, r"logit_bias=\(1, 2, 3\) must be a pair"),
+        ({"logit_bias": (1,)}, "logit_bias=1 must be a pair"),
+        ({"logit_bias": ((-1, 2),)}, "logit_bias=-1 must be a token id"),
+        ({"logit_bias": ((2**31, 2),)}, "logit_bias=2147483648 must be a token id"),
+        ({"logit_bias": ((True, 2),)}, "logit_bias=True must be a token id"),
+        ({"logit_bias": ((1.0, 2),)}, "logit_bias=1.0 must be a token id"),
+        *(
+            ({"logit_bias": ((7, b),)}, rf"logit_bias={b!r} must be a number in -100..100.* 7$")
+            for b in (100.5, -101, NAN, -INFINITY, "5", True, None)
+        ),
+        ({"stop": ("a",) * 17}, "stop=17 texts must be at most 16"),
+        ({"stop": ("a", "")}, "stop='' must be text that is not empty"),
+        ({"stop": ("a", 5)}, "stop=5 must be text"),
+        ({"stop": ("a\udcff",)}, r"stop='a\\udcff' must be Unicode"),
+        ({"stop_token_ids": tuple(range(17))}, "stop_token_ids=17 token ids must be at most 16"),
+        ({"stop_token_ids": (1, -1)}, "stop_token_ids=-1 must be a token id"),
+        ({"stop_token_ids": (2**31,)}, "stop_token_ids=2147483648 must be a token id"),
+        ({"stop_token_ids": ("1",)}, "stop_token_ids='1' must be a token id"),
+        ({"stop_token_ids": (False,)}, "stop_token_ids=False must be a token id"),
+        ({"max_new_tokens": 3, "min_new_tokens": 4}, "=4 must be at most max_new_tokens=3"),
+        ({"max_new_tokens": 0, "logprobs": 2}, "=0 must be at least 1, or 0 with prompt_logprobs"),
     ],
     ids=str,
 )
-def test_impossible_options_are_named(wrong):
-    ((name, value),) = wrong.items()
-    with pytest.raises(InputError, match=f"^{name}={value} must "):
+def test_impossible_lists_and_pairs_of_options_are_named(wrong, said):
+    with pytest.raises(InputError, match=said):
         Options(**wrong)
 
 
-def test_the_edges_of_options_are_possible():
-    Options(max_new_tokens=1, temperature=0.0, top_k=0, top_p=1.0, seed=0)
-    Options(temperature=1e6, top_k=2**31 - 1, top_p=1e-30, seed=2**32 - 1)
+LOWEST = {
+    **{"max_new_tokens": 1, "min_new_tokens": 0, "temperature": 0.0, "top_k": 0, "top_p": 1e-30},
+    **{"min_p": 0, "repetition_penalty": 1e-6, "presence_penalty": -2, "frequency_penalty": -2.0},
+    **{"logit_bias": ((0, -100),), "stop": ("\x00",), "stop_token_ids": (0,), "n": 1, "seed": 0},
+    **{"logprobs": 0, "prompt_logprobs": 0, "echo": False},
+}
+HIGHEST = {
+    **{"max_new_tokens": 2**31 - 1, "min_new_tokens": 2**31 - 1, "temperature": 1e6},
+    **{"top_k": 2**31 - 1, "top_p": 1, "min_p": 1.0, "repetition_penalty": 1e6},
+    **{"presence_penalty": 2.0, "frequency_penalty": 2, "n": 128, "seed": 2**32 - 1},
+    "logit_bias": tuple((2**31 - 1 - i, 100.0) for i in range(300)),
+    **{"stop": ("\U0010ffff" * 99,) * 16, "stop_token_ids": (2**31 - 1,) * 16},
+    **{"logprobs": 20, "prompt_logprobs": 20, "echo": True},
+}
+
+
+@pytest.mark.parametrize("edge", [LOWEST, HIGHEST], ids=["lowest", "highest"])
+def test_the_edges_of_options_are_possible(edge):
+    assert list(edge.keys() ^ EVERY) == []
+    assert hash(Options(**edge)) == hash(Options(**edge))
+    assert Options.from_dict(as_json(edge), Options()) == Options(**edge)
+
+
+def test_no_new_token_is_scoring():
+    assert Options(0, prompt_logprobs=0).max_new_tokens == 0
+
+
+# ---- options from JSON -------------------------------------------------------------------------
+
+
+def as_json(values):
+    pairs = values["logit_bias"]
+    values = {**values, "logit_bias": {str(token): added for token, added in pairs}}
+    return json.loads(json.dumps(values))
+
+
+def test_json_overrides_the_default():
+    default = Options(9, temperature=0.5, stop=("a",), logprobs=3)
+    assert Options.from_dict({}, default) == default
+    given = {"temperature": 1, "stop": "\n", "logprobs": None, "logit_bias": {"12": -5, "0": 0.5}}
+    expected = Options(9, temperature=1, stop=("\n",), logit_bias=((12, -5), (0, 0.5)))
+    assert Options.from_dict(given, default) == expected
+    given = {"stop": ["b", "c"], "stop_token_ids": [4, 2], "logit_bias": {12: 1}}
+    made = Options.from_dict(given, default)
+    assert (made.stop, made.stop_token_ids, made.logit_bias) == (("b", "c"), (4, 2), ((12, 1),))
+    assert given["stop"] == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"max_tokens": 5}, "^'max_tokens' is no option: the closest is max_new_tokens$"),
+        ({"topp": 0.5}, "'topp' is no option: the closest is top_p"),
+        ({"seed ": 5}, "'seed ' is no option: the closest is seed"),
+        ({"\n" * 10**5: 5}, r"^'(\\n)+\.\.\. is no option: the closest is "),
+        ({"": 5}, "^'' is no option"),
+        ({3: 5}, "^3 is no option"),
+        ({"temperature": "hot"}, "^temperature='hot' must be a number$"),
+        ({"temperature": None}, "^temperature=None must be a number$"),
+        ({"seed": True}, "^seed=True must be a whole number$"),
+        ({"stop": None}, "^stop=None must be a tuple .in JSON a list. of texts$"),
+        ({"stop": ""}, "^stop='' must be text that is not empty$"),
+        ({"stop": [["a"]]}, "^stop=list of 1 must be text"),
+        ({"stop_token_ids": 3}, "^stop_token_ids=3 must be a tuple .in JSON a list. of token ids$"),
+        ({"logit_bias": [[1, 2]]}, "^logit_bias=list of 1 must be an object of token ids, such as"),
+        ({"logit_bias": {"a": 2}}, "^logit_bias='a' must have token ids as its keys, such as"),
+        ({"logit_bias": {"-1": 2}}, "^logit_bias='-1' must have token ids as its keys"),
+        ({"logit_bias": {"\u0663": 2}}, "must have token ids as its keys"),
+        ({"logit_bias": {"1" * 5000: 2}}, "must have token ids as its keys"),
+        ({"logit_bias": {10**5000: 2}}, "^logit_bias=a huge number must have token ids"),
+        ({"logit_bias": {"1": 2, "01": 3}}, "^logit_bias=1 must name a token once"),
+        ({"logit_bias": {"1": [2]}}, "^logit_bias=list of 1 must be a number in -100..100"),
+        ({"max_new_tokens": 5}, "^min_new_tokens=7 must be at most max_new_tokens=5$"),
+    ],
+    ids=itertools.count(),
+)
+def test_json_that_is_no_option_is_refused(given, said):
+    with pytest.raises(InputError, match=said) as caught:
+        Options.from_dict(given, Options(9, min_new_tokens=7))
+    assert str(caught.value).isprintable()
+
+
+# ---- requests ----------------------------------------------------------------------------------
 
 
 def request(length, new):
@@ -65,11 +224,30 @@ def test_what_just_fits_passes():
         ([Request((1,)), Request(())], "prompt 2 has no tokens"),
         ([Request((1, 38))], "token 38 is not in 0..37"),
         ([Request((1, -1))], "token -1 is not in 0..37"),
+        ([Request((1,), Options(logit_bias=((37, 1), (38, 1))))], "logit_bias of token 38 is not"),
+        ([Request((1,), Options(stop_token_ids=(37, 40)))], "stop_token_ids: token 40 is not in"),
     ],
 )
 def test_requests_without_sense_are_refused(requests, said):
     with pytest.raises(InputError, match=said):
         check_requests(requests, 38, 640)
+
+
+def test_one_request_is_refused_by_its_name():
+    check_request(request(60, 4), 2, 64, "line 7")
+    for wrong in Request(()), Request((1, 38)), request(60, 5):
+        with pytest.raises(InputError, match=r"^line 7"):
+            check_request(wrong, 38, 64, "line 7")
+
+
+def test_scoring_takes_a_whole_context():
+    scoring = Options(0, prompt_logprobs=1)
+    check_requests([Request((1,) * 64, scoring)], 2, 64)
+    with pytest.raises(InputError, match=r"has 65 tokens.* max_new_tokens=0 .*: shorten it"):
+        check_requests([Request((1,) * 65, scoring)], 2, 64)
+
+
+# ---- where to compute --------------------------------------------------------------------------
 
 
 def test_overrides_place_the_model():
@@ -100,37 +278,16 @@ def test_other_overrides_are_refused(text, said):
         deployment_from_overrides(["mesh.tensor=2", text])
 
 
-@pytest.mark.parametrize(
-    ("content", "prompts"),
-    [
-        (b"one\ntwo", ["one", "two"]),
-        (b"one\r\n\r\n two \r\n", ["one", "", " two "]),
-        (b"\xef\xbb\xbfa\x0bb\x1b[0m\xc2\x85c\x00\n", ["a\x0bb\x1b[0m\x85c\x00"]),
-        (b"\n", [""]),
-    ],
-)
-def test_a_prompt_file_has_one_prompt_a_line(tmp_path, content, prompts):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(content)
-    assert read_prompts(path) == prompts
-
-
-def test_unreadable_prompt_files_are_named(tmp_path):
-    path = tmp_path / "prompts.txt"
-    with pytest.raises(InputError, match=r"prompts.txt cannot be read: No such file"):
-        read_prompts(path)
-    with pytest.raises(InputError, match="cannot be read: Is a directory"):
-        read_prompts(tmp_path)
-    path.write_bytes(b"")
-    with pytest.raises(InputError, match=r"prompts.txt is empty"):
-        read_prompts(path)
-    path.write_bytes(b"fine\nfine\n\xff\n")
-    with pytest.raises(InputError, match=r"prompts.txt line 3 is not UTF-8"):
-        read_prompts(path)
-
-
 def test_checking_arguments_needs_no_jax():
     code = "import sys, generate; assert generate.main(['--top-p', '2']) == 2; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "mixtral_jax.generation.request" in done.stdout
+    assert not {"jax", "numpy", "orbax"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("name", ["request", "prompts", "results"])
+def test_what_is_asked_and_shown_needs_no_jax(name):
+    code = f"import sys, mixtral_jax.generation.{name}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert f"mixtral_jax.generation.{name}" in done.stdout
     assert not {"jax", "numpy", "orbax"} & set(done.stdout.split())
