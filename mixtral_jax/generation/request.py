@@ -20,8 +20,10 @@ LARGEST = 2**31 - 1
 MOST_BIASES = 300
 MOST_STOPS = 16
 
+_LENGTH = f"be at least 1, or 0 with prompt_logprobs (scoring), and at most {LARGEST}"
+
 WHOLE: dict[str, tuple[int, int, str]] = {
-    "max_new_tokens": (0, LARGEST, "be at least 1, or 0 with prompt_logprobs (scoring)"),
+    "max_new_tokens": (0, LARGEST, _LENGTH),
     "min_new_tokens": (0, LARGEST, "lie in 0..max_new_tokens"),
     "top_k": (0, LARGEST, f"lie in 0..{LARGEST}; 0 is all tokens"),
     "n": (1, 128, "lie in 1..128"),
@@ -91,7 +93,7 @@ class Options:
         _check("top_p", self.top_p, self.top_p > 0, NUMBERS["top_p"][-1])
         most = self.max_new_tokens
         scoring = self.prompt_logprobs is not None
-        _check("max_new_tokens", most, most > 0 or scoring, WHOLE["max_new_tokens"][-1])
+        _check("max_new_tokens", most, most > 0 or scoring, _LENGTH)
         least = self.min_new_tokens
         _check("min_new_tokens", least, least <= most, f"be at most max_new_tokens={most}")
         _check("echo", self.echo, isinstance(self.echo, bool), "be true or false")
