@@ -13,6 +13,7 @@ from mixtral_jax import sharding
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels import attention as kernels
 from mixtral_jax.model.cache import LayerCache
+from mixtral_jax.model.int8 import Int8, columns, out_of_heads
 from mixtral_jax.model.layers import matrix, rotary_angles, rotate
 
 
@@ -47,15 +48,10 @@ class Attention(nnx.Module):
         With a cache, each row's positions are consecutive; keys and values are written there.
         """
         dtype, config = x_BLD.dtype, self.config
-        wq, wk, wv = (
-            sharding.shard(w[...].astype(dtype), None, "heads", *[None] * (w[...].ndim - 2))
-            for w in (self.wq_DKGH, self.wk_DKH, self.wv_DKH)
-        )
-        wo = sharding.shard(self.wo_KGHD[...].astype(dtype), "heads", None, None, None)
         angles = rotary_angles(positions_BL, config.head_size, config.rope_theta)
-        q_BLKGH = rotate(jnp.einsum("BLD,DKGH->BLKGH", x_BLD, wq), angles)
-        k_BLKH = rotate(jnp.einsum("BLD,DKH->BLKH", x_BLD, wk), angles)
-        v_BLKH = jnp.einsum("BLD,DKH->BLKH", x_BLD, wv)
+        q_BLKGH = rotate(_into_heads(x_BLD, self.wq_DKGH), angles)
+        k_BLKH = rotate(_into_heads(x_BLD, self.wk_DKH), angles)
+        v_BLKH = _into_heads(x_BLD, self.wv_DKH)
         q_BLKGH, k_BLKH, v_BLKH = (
             checkpoint_name(a, "attention_qkv") for a in (q_BLKGH, k_BLKH, v_BLKH)
         )
@@ -67,12 +63,7 @@ class Attention(nnx.Module):
             slots_1S = jnp.arange(k_BLKH.shape[1], dtype=jnp.int32)[None]
             allowed_BLS = kernels.causal_mask(positions_BL, slots_1S)
             out_BLKGH = kernels.attention(q_BLKGH, k_BLKH, v_BLKH, allowed_BLS)
-        out_BLD = jax.lax.dot_general(  # einsum sorts its letters: wo would be transposed first
-            out_BLKGH,
-            wo,
-            (((2, 3, 4), (0, 1, 2)), ((), ())),
-            out_sharding=sharding.spec("batch", None, None),
-        )
+        out_BLD = _out_of_heads(out_BLKGH, self.wo_KGHD)
         return checkpoint_name(out_BLD, "attention_out"), cache
 
     def _within(self, q_BLKGH, k_BLKH, v_BLKH, positions_BL, segments_BL):
@@ -85,3 +76,24 @@ class Attention(nnx.Module):
             specs = (heads, heads, heads, batch, batch)
             body = jax.shard_map(body, in_specs=specs, out_specs=heads, check_vma=False)
         return body(q_BLKGH, k_BLKH, v_BLKH, positions_BL, segments_BL)
+
+
+def _into_heads(x_BLD: jax.Array, w: nnx.Param | Int8) -> jax.Array:
+    """The queries, keys or values: x times a matrix [D, K, H] or [D, K, G, H]."""
+    if isinstance(w, Int8):
+        return columns(x_BLD, w, "heads")
+    w = w[...].astype(x_BLD.dtype)
+    w = sharding.shard(w, None, "heads", *[None] * (w.ndim - 2))
+    return jnp.einsum("BLD,DKGH->BLKGH" if w.ndim == 4 else "BLD,DKH->BLKH", x_BLD, w)
+
+
+def _out_of_heads(x_BLKGH: jax.Array, w: nnx.Param | Int8) -> jax.Array:
+    if isinstance(w, Int8):
+        return out_of_heads(x_BLKGH, w)
+    wo_KGHD = sharding.shard(w[...].astype(x_BLKGH.dtype), "heads", None, None, None)
+    return jax.lax.dot_general(  # einsum sorts its letters: wo would be transposed first
+        x_BLKGH,
+        wo_KGHD,
+        (((2, 3, 4), (0, 1, 2)), ((), ())),
+        out_sharding=sharding.spec("batch", None, None),
+    )

@@ -15,6 +15,7 @@ from mixtral_jax.kernels import chunks, cudnn, platform, splash
 from mixtral_jax.kernels.attention import resolve
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.cache import LayerCache, make_cache
+from mixtral_jax.model.int8 import Int8, columns
 from mixtral_jax.model.layers import RMSNorm, logits_of, logits_of_transposed, matrix
 from mixtral_jax.model.moe import MoE, exchange_of, grouped_matmul_of
 from mixtral_jax.model.router import RoutingStatistics
@@ -95,7 +96,7 @@ class Mixtral(nnx.Module):
     Calling it gives logits. `forward`, which gives more, runs inside `with jax.set_mesh(mesh):`
     and wants a batch that splits over the mesh's data, fsdp and expert axes. `layers` is one Block
     with stacked parameters, or, after `unstacked.unstacked`, a list of Blocks; then `head_VD`
-    stands for head_DV.
+    stands for head_DV. After `quantized.quantized` an Int8 stands for each large matrix.
     """
 
     head_VD: nnx.Param | None = None
@@ -172,6 +173,8 @@ class Mixtral(nnx.Module):
         if self.head_VD is not None:
             head_VD = sharding.shard(self.head_VD[...].astype(x_BLD.dtype), "vocabulary", None)
             return logits_of_transposed(x_BLD, head_VD)
+        if isinstance(self.head_DV, Int8):
+            return columns(x_BLD, self.head_DV, "vocabulary", jnp.float32)
         head_DV = sharding.shard(self.head_DV[...].astype(x_BLD.dtype), None, "vocabulary")
         return logits_of(x_BLD, head_DV)
 

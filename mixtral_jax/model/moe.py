@@ -19,11 +19,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mixtral_jax import sharding
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels import apart, grouped_matmul
+from mixtral_jax.kernels import apart, grouped_matmul, int8
 from mixtral_jax.kernels import exchange as exchanges
 from mixtral_jax.kernels.experts import experts as experts_of
 from mixtral_jax.kernels.gather import all_gather
 from mixtral_jax.kernels.rows import segment_map, starts, take_rows
+from mixtral_jax.model.int8 import Int8
 from mixtral_jax.model.layers import matrix
 from mixtral_jax.model.router import RoutingStatistics, local_statistics, route
 
@@ -140,12 +141,17 @@ class MoE(nnx.Module):
         exchange = exchange_of(self.config, tokens)
         grouped = grouped_matmul_of(self.config, exchange)
         dtype = x_BLD.dtype
-        weights = [
-            jax.tree.map(lambda w: w.astype(dtype), p.get_value())
-            for p in (self.gate_EDF, self.up_EDF, self.down_EFD)
-        ]
         into = sharding.spec("experts", "expert_model", "expert_hidden")
         out_of = sharding.spec("experts", "expert_hidden", "expert_model")
+        weights = [self.gate_EDF, self.up_EDF, self.down_EFD]
+        if isinstance(self.gate_EDF, Int8):  # converted when they are whole
+            weights = [w.arrays() for w in weights]
+            scale_EF, scale_ED = (
+                sharding.spec("experts", axis) for axis in ("expert_hidden", "expert_model")
+            )
+            into, out_of = int8.Int8(out_of, scale_EF), int8.Int8(into, scale_ED)
+        else:
+            weights = [jax.tree.map(lambda w: w.astype(dtype), p.get_value()) for p in weights]
         batch = sharding.spec("batch")
         body = jax.shard_map(
             partial(_sparse_experts, config=self.config, exchange=exchange, grouped=grouped),
@@ -183,11 +189,16 @@ def _sparse_experts(
         received_RD = exchanges.send(exchange, plan, sent_RD)
 
     with jax.named_scope("experts"):  # 4. SwiGLU over the experts that live here
-        gate_eDf, up_eDf = (_whole(w, 1) for w in (gate_edf, up_edf))
-        matrices = (gate_eDf, up_eDf, _whole(down_efd, 2))
-        if isinstance(gate_eDf, tuple):
-            lists = ([w_1Df[0] for w_1Df in of_all] for of_all in matrices)
-            done_RD = apart.experts(received_RD, *lists, plan.group_sizes_e)
+        if isinstance(gate_edf, int8.Int8):
+            down_eDf = int8.Int8(_whole(down_efd.values, 1), _whole(down_efd.scale, 1))
+            into = (w._replace(values=_whole(w.values, 2)) for w in (gate_edf, up_edf))
+            matrices = [_matrices(w, x_TD.dtype) for w in (*into, down_eDf)]
+        else:
+            matrices = [_whole(gate_edf, 1), _whole(up_edf, 1), _whole(down_efd, 2)]
+            if isinstance(gate_edf, tuple):
+                matrices = [[w_1Df[0] for w_1Df in of_all] for of_all in matrices]
+        if isinstance(matrices[0], list):
+            done_RD = apart.experts(received_RD, *matrices, plan.group_sizes_e)
         else:
             done_RD = experts_of(received_RD, *matrices, plan.group_sizes_e, implementation=grouped)
 
@@ -200,6 +211,14 @@ def _sparse_experts(
         out_TD = jnp.einsum("TC,CTD->TD", routing.weights_TC.astype(x_TD.dtype), parts_CTD)
         out_TD = lax.psum(out_TD, sharding.TENSOR)
     return out_TD.reshape(x_BLD.shape), statistics
+
+
+def _matrices(w: int8.Int8, dtype: jnp.dtype) -> jax.Array | list[int8.Int8]:
+    """Experts' matrices in int8 for what multiplies with them: one by one if they lie apart."""
+    if isinstance(w.values, tuple):
+        pairs = zip(w.values, w.scale, strict=True)
+        return [int8.Int8(values_1FD[0], scale_1F[0]) for values_1FD, scale_1F in pairs]
+    return int8.dequantize(w, dtype).swapaxes(1, 2)
 
 
 def _whole(w, axis: int):

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from mixtral_jax import sharding
+from mixtral_jax.model.int8 import Int8
 from mixtral_jax.model.mixtral import Mixtral, compute_dtype
 
 
@@ -26,7 +27,7 @@ def unstacked(model: Mixtral) -> Mixtral:
     Returns:
       A model for `forward`, with arrays of at least the type that it computes in. They share the
       memory of the given model's where they have the same type and begin where XLA wants arrays to
-      begin, at multiples of 64 bytes. The head is transposed, so a copy.
+      begin, at multiples of 64 bytes. The head is transposed, so a copy. What is in int8 stays so.
     """
     widen = partial(_placed, dtype=compute_dtype(model.config))
     graphdef, params = nnx.split(model)
@@ -37,6 +38,8 @@ def unstacked(model: Mixtral) -> Mixtral:
         for i in range(model.config.num_hidden_layers)
     )
     new.embedding_VD = _whole(new.embedding_VD, widen)
+    if isinstance(new.head_DV, Int8):
+        return new
     head_DV = _whole(new.head_DV, widen)
     del new.head_DV
     new.head_VD = _transposed(head_DV)
@@ -78,7 +81,7 @@ def _layer(param: nnx.Param, layer: int, widen) -> nnx.Param:
 def _placed(array: jax.Array, shape, logical, part=(), *, dtype: jnp.dtype) -> jax.Array:
     """The array that is made of the same part of each device's share of another."""
     where = NamedSharding(array.sharding.mesh, sharding.spec(*logical))
-    dtype = jnp.promote_types(array.dtype, dtype)
+    dtype = array.dtype if array.dtype == jnp.int8 else jnp.promote_types(array.dtype, dtype)
     with sharding.no_mesh():
         parts = [
             jax.device_put(np.asarray(shard.data)[part], shard.device).astype(dtype)

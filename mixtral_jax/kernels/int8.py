@@ -1,0 +1,102 @@
+"""Matrices in int8 with a scale for each output channel, and rows times such a matrix.
+
+Output channels come first and what is summed over last: w[f, d] is about values[f, d] * scale[f].
+Paper: arXiv 2208.07339, section 2 (symmetric absmax quantisation, by vector).
+
+Bodies of the product, with one meaning:
+  xla     one product of converted values: TPU and GPU fuse the conversion into it.
+  blocks  a loop over blocks of channels, converted and multiplied while they lie in cache, for CPU:
+          XLA:CPU writes all of a converted matrix to memory first.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mixtral_jax.kernels import platform, vary_like
+
+LARGEST = 127
+BLOCK = 1 << 16
+"""Values in a block: 256 KiB in float32, which half of a core's second cache holds."""
+
+
+class Int8(NamedTuple):
+    """A matrix, or one of each expert: then both arrays have a dimension of experts in front.
+
+    In place of an array each may be a tuple of arrays, one an expert.
+    """
+
+    values: jax.Array | tuple[jax.Array, ...]
+    """int8, [..., F, D]."""
+    scale: jax.Array | tuple[jax.Array, ...]
+    """float32, [..., F]."""
+
+
+def quantize(w: jax.Array, contracted: tuple[int, ...]) -> Int8:
+    """The nearest int8 to w / scale, half to even, with scale = max|w| / 127 of each channel.
+
+    Args:
+      w: of any float type; computed in float32.
+      contracted: its dimensions that a product sums over; they go last, in their order.
+    Returns:
+      values, and scale without those dimensions; 1 for a channel of zeros.
+    """
+    kept = [axis for axis in range(w.ndim) if axis not in contracted]
+    wide = w.transpose(*kept, *contracted).astype(jnp.float32)
+    summed = tuple(range(len(kept), w.ndim))
+    scale = jnp.max(jnp.abs(wide), axis=summed, keepdims=True) / LARGEST
+    scale = jnp.where(scale > 0, scale, 1)
+    values = jnp.clip(jnp.round(wide / scale), -LARGEST, LARGEST).astype(jnp.int8)
+    return Int8(values, scale.squeeze(summed))
+
+
+def dequantize(w: Int8, dtype: jnp.dtype) -> jax.Array:
+    """values * scale, rounded once to a type; output channels first, one dimension summed over."""
+    return (w.values.astype(jnp.float32) * w.scale[..., None]).astype(dtype)
+
+
+def times(x_RD: jax.Array, w: jax.Array | Int8) -> jax.Array:
+    """x @ w for a matrix [D, F] or one in int8, in the type of x."""
+    return product(x_RD, w) if isinstance(w, Int8) else x_RD @ w
+
+
+def product(x_RD: jax.Array, w: Int8, dtype=None, implementation: str | None = None) -> jax.Array:
+    """out[r, f] = scale[f] * sum over d of x[r, d] values[f, d]; no gradient.
+
+    Inside shard_map, or on one device.
+
+    Args:
+      w: one matrix.
+      dtype: of the result; that of x if None.
+      implementation: xla or blocks; None is the platform's best.
+    """
+    body = implementation or ("blocks" if platform() == "cpu" else "xla")
+    x_RD = vary_like(x_RD, *w)
+    if body == "blocks":
+        sums_RF = _blocks(x_RD, vary_like(w.values, x_RD))
+    else:
+        sums_RF = _dot(x_RD, w.values.astype(x_RD.dtype))
+    return (sums_RF * w.scale[None]).astype(dtype or x_RD.dtype)
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a times b transposed, in float32."""
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _blocks(x_RD, values_FD):
+    channels, width = values_FD.shape
+    size = min(channels, max(8, 1 << (BLOCK // width).bit_length() - 1))
+
+    def one_block(i, out_FR):
+        first = jnp.minimum(i * size, channels - size)  # the last ones may be made twice
+        values_fD = lax.dynamic_slice_in_dim(values_FD, first, size)
+        out_fR = _dot(values_fD.astype(x_RD.dtype), x_RD)
+        return lax.dynamic_update_slice_in_dim(out_FR, out_fR, first, axis=0)
+
+    out_FR = vary_like(jnp.zeros((channels, x_RD.shape[0]), jnp.float32), x_RD, values_FD)
+    return lax.fori_loop(0, -(-channels // size), one_block, out_FR).T
