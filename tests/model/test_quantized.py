@@ -13,6 +13,7 @@ from harness import describe, place, random_parameters
 from tiny import MODEL, make_batch
 
 from mixtral_jax import sharding
+from mixtral_jax.kernels.int8 import product, quantize
 from mixtral_jax.model.mixtral import Mixtral, abstract_state
 from mixtral_jax.model.quantized import CONTRACTED, parameter_bytes, quantized
 from mixtral_jax.model.unstacked import unstacked
@@ -38,24 +39,27 @@ def contracted_axes(array, name):
     return tuple(array.ndim - len(letters) + letters.index(a) for a in CONTRACTED[name])
 
 
-def expected(w, axes):
-    """The reference in NumPy: (values in the layout of w, scale with 1 where it was summed)."""
-    w = np.float32(w)
-    most = np.abs(w).max(axis=axes, keepdims=True)
-    scale = np.where(most > 0, most / np.float32(127), np.float32(1))
-    return np.rint(w / scale), scale
-
-
-def dequantised(model, mesh):
-    """The float model of the reference's values * scale."""
+def dequantised(model, new):
+    """The float model whose matrices are values * scale of another, which is quantised."""
     graphdef, params = nnx.split(model)
-    new = nnx.merge(graphdef, jax.tree.map(lambda p: p, params))
-    for module, name in holders(new):
-        param = getattr(module, name)
-        array = np.asarray(param.get_value())
-        values, scale = expected(array, contracted_axes(array, name))
-        param.set_value(jax.device_put(np.float32(values * scale), param.get_value().sharding))
-    return new
+    wide = nnx.merge(graphdef, jax.tree.map(lambda p: p, params))
+    for (module, name), (quantised, _) in zip(holders(wide), holders(new), strict=True):
+        param, made = getattr(module, name), getattr(quantised, name)
+        where, dtype = param.get_value().sharding, param.get_value().dtype
+        array = in_place(*map(np.asarray, made.arrays()), name)
+        param.set_value(jax.device_put(array.astype(dtype), where))
+    return wide
+
+
+def in_place(values, scale, name):
+    """values * scale, its dimensions in the order of a name's letters."""
+    letters = name.rpartition("_")[2]
+    kept = "".join(letter for letter in letters if letter not in CONTRACTED[name])
+    order = kept + CONTRACTED[name]
+    stacked = values.ndim - len(letters)
+    wide = np.float32(values) * scale[(..., *[None] * len(CONTRACTED[name]))]
+    back = [stacked + order.index(letter) for letter in letters]
+    return wide.transpose(*range(stacked), *back)
 
 
 def outputs(model, mesh, length=9):
@@ -72,8 +76,8 @@ def outputs(model, mesh, length=9):
 def test_it_computes_what_the_dequantised_matrices_do(sizes):
     mesh = sharding.make_mesh(*sizes)
     model = model_on(mesh)
-    wanted = outputs(dequantised(model, mesh), mesh)
     new = quantized(model)
+    wanted = outputs(dequantised(model, new), mesh)
     for each in (new, unstacked(new)):
         for actual, reference in zip(outputs(each, mesh), wanted, strict=True):
             oracle.close(actual, reference, rel=3e-6)
@@ -89,27 +93,43 @@ def test_each_value_is_the_nearest(sizes):
         jax.device_put(up_LEDF, model.layers.moe.up_EDF.get_value().sharding)
     )
     new = quantized(model)
-    for (module, name), (new_module, _) in zip(holders(model), holders(new), strict=True):
+    for (module, name), (quantised, _) in zip(holders(model), holders(new), strict=True):
         w = np.asarray(getattr(module, name).get_value())
         axes = contracted_axes(w, name)
-        values, scale = expected(w, axes)
-        made = getattr(new_module, name)
-        kept = [axis for axis in range(w.ndim) if axis not in axes]
-        order = [*kept, *axes]
-        assert made.values.get_value().dtype == jnp.int8
-        np.testing.assert_array_equal(np.asarray(made.values.get_value()), values.transpose(order))
-        np.testing.assert_allclose(
-            np.asarray(made.scale.get_value()), scale.squeeze(axes), rtol=2e-7
-        )
+        made = getattr(quantised, name)
+        values, scale = (np.asarray(param.get_value()) for param in (made.values, made.scale))
+        assert values.dtype == np.int8
+        most = np.abs(w).max(axis=axes)
+        np.testing.assert_allclose(scale, np.where(most > 0, most / 127, 1), rtol=2e-7)
+        # No value is further away than half a step of its channel, but for float32's rounding.
+        steps = np.expand_dims(scale, axes)
+        assert (np.abs(in_place(values, scale, name) - w) <= 0.50001 * steps).all()
+        assert (np.abs(values).max(axis=tuple(range(scale.ndim, w.ndim))) == 127 * (most > 0)).all()
         for param in (made.values, made.scale):
             where = sharding.param_shardings(param, mesh).get_value()
             assert param.get_value().sharding.is_equivalent_to(where, param.get_value().ndim)
-        # No value is further away than half a step of its channel, but for float32's rounding.
-        assert (np.abs(values * scale - w) <= scale * 0.50001).all()
     zero = new.layers.moe.up_EDF
     assert not np.asarray(zero.values.get_value())[1, 2, 3].any()
     assert np.asarray(zero.scale.get_value())[1, 2, 3] == 1
     assert np.isfinite(outputs(new, mesh)[0]).all()
+
+
+def test_halves_go_to_the_even_neighbour():
+    w_DF = jnp.array([[127.0, 63.5], [0.5, 0.25], [1.5, 0.75], [-2.5, 1e-9]])
+    values, scale = quantize(w_DF, (0,))
+    np.testing.assert_array_equal(values, [[127, 0, 2, -2], [127, 0, 2, 0]])
+    np.testing.assert_array_equal(scale, [1, 0.5])
+
+
+@pytest.mark.parametrize("width", [24, 1 << 14], ids=["one block", "several"])
+@pytest.mark.parametrize("implementation", ["xla", "blocks"])
+def test_the_bodies_of_the_product_agree(implementation, width):
+    rng = np.random.default_rng(0)
+    x_RD, w_DF = rng.normal(size=(3, width)), rng.normal(size=(width, 29))
+    made = quantize(jnp.float32(w_DF), (0,))
+    out_RF = product(jnp.float32(x_RD), made, implementation=implementation)
+    values_FD, scale_F = (np.float64(a) for a in made)
+    oracle.close(out_RF, x_RD @ (values_FD * scale_F[:, None]).T, rel=2e-6)
 
 
 def test_a_product_is_off_by_no_more_than_half_a_step_of_each_input():
@@ -215,6 +235,7 @@ def test_with_the_kernels_of_a_tpu():
     graphdef, state = abstract_state(config)
     model = nnx.merge(graphdef, place(random_parameters(state, 3, spread=0.1), mesh))
     with tpu_kernels_on_cpu():
-        wanted = outputs(dequantised(model, mesh), mesh, 8)
-        actual = outputs(quantized(model), mesh, 8)
+        new = quantized(model)
+        wanted = outputs(dequantised(model, new), mesh, 8)
+        actual = outputs(new, mesh, 8)
     oracle.close(actual, wanted, rel=3e-6)
