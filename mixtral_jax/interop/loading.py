@@ -30,9 +30,10 @@ from jax.sharding import SingleDeviceSharding
 
 from mixtral_jax import sharding
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.interop import names
+from mixtral_jax.interop import quantizing
 from mixtral_jax.interop.layout import transposition
 from mixtral_jax.interop.names import Piece
+from mixtral_jax.interop.quantizing import Part
 from mixtral_jax.interop.source import FileWeights
 from mixtral_jax.model.mixtral import Mixtral, abstract_state
 
@@ -74,31 +75,35 @@ def load(
     config: ModelConfig,
     mesh: jax.sharding.Mesh,
     progress: Callable[[int], object],
+    int8: bool = False,
 ) -> Mixtral:
     """A model from files, on a mesh.
 
     Args:
       config: the weights' own, perhaps with other types or exchange.
       progress: called with the number of bytes that this host has read of each piece.
+      int8: give what `quantized` would make of the model; each matrix is quantised as it is read.
     """
-    graphdef, abstract = abstract_state(config)
+    graphdef, abstract = (quantizing.abstract_state if int8 else abstract_state)(config)
     flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(abstract)}
     where = {name: sharding.param_shardings(leaf, mesh).get_value() for name, leaf in flat.items()}
     buffers: dict[str, list[Buffer]] = {
         name: [make_buffer(share, leaf.dtype) for share in shares_of(name, leaf.shape, where[name])]
         for name, leaf in flat.items()
     }
+    targets = collections.defaultdict(list)  # by parameter, as the files have them
+    for name, made in buffers.items():
+        part = quantizing.part_of(name)
+        targets[part.parameter] += [(part, buffer) for buffer in made]
 
     def transfer(piece: Piece, following: Piece | None) -> int:
         if following is not None:
             reader.submit(weights.prefetch, following)
         count = 0
-        for buffer in buffers[piece.parameter]:
+        for part, buffer in targets[piece.parameter]:
             place = buffer.share.place_of(piece)
             if place is not None:
-                array, letters = weights.read(piece, slices=buffer.share.rest(piece.letters))
-                buffer.write(place, array, transposition(letters, piece.letters))
-                count += array.nbytes
+                count += _copy(weights, piece, part, buffer, place)
         weights.release(piece)
         return count
 
@@ -113,6 +118,18 @@ def load(
         arrays = [array for buffer in buffers.pop(name) for array in buffer.arrays()]
         leaf.set_value(jax.make_array_from_single_device_arrays(leaf.shape, where[name], arrays))
     return nnx.merge(graphdef, abstract)
+
+
+def _copy(weights: FileWeights, piece: Piece, part: Part, buffer: Buffer, place) -> int:
+    """Read what a buffer holds of a piece, write it there, and count the bytes."""
+    if part.field:
+        letters = part.letters if piece.expert is None else part.letters.replace("E", "")
+        array, count = quantizing.read(weights, piece, part, buffer.share.rest(letters))
+        buffer.write(place, array, tuple(range(array.ndim)))
+        return count
+    array, letters = weights.read(piece, slices=buffer.share.rest(piece.letters))
+    buffer.write(place, array, transposition(letters, piece.letters))
+    return array.nbytes
 
 
 def _bounded_map(pool: ThreadPoolExecutor, function: Callable, calls: Iterator[tuple]) -> Iterator:
@@ -132,7 +149,7 @@ def _bounded_map(pool: ThreadPoolExecutor, function: Callable, calls: Iterator[t
 
 def shares_of(name: str, shape: tuple[int, ...], where: jax.sharding.Sharding) -> list[Share]:
     """How this host's devices share a parameter, each different share once."""
-    letters = names.letters_of(name)
+    letters = quantizing.part_of(name).letters
     letters = letters if len(letters) == len(shape) else "L" + letters
     owners: dict[tuple, list[jax.Device]] = {}
     for device, index in where.addressable_devices_indices_map(shape).items():

@@ -18,12 +18,14 @@ from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.interop import folders, loading, own, own_arrays, saving
 from mixtral_jax.interop.folders import Kind
 from mixtral_jax.model.mixtral import Mixtral
+from mixtral_jax.model.quantized import quantized
 
 
 def load_model(
     path: str | os.PathLike,
     mesh: jax.sharding.Mesh | None = None,
     dtype: str | None = None,
+    int8: bool = False,
 ) -> tuple[Mixtral, Tokenizer | None]:
     """The model and the tokenizer in a checkpoint folder of any kind.
 
@@ -38,6 +40,9 @@ def load_model(
       mesh: from sharding.make_mesh; None is one device.
       dtype: float32 or bfloat16, of the weights and of what is computed. None keeps the weights as
         they are stored, and computes in float32 on CPU and in bfloat16 elsewhere.
+      int8: the large matrices in int8, for inference; see model/quantized.py. Each is quantised as
+        it is read, so no host or device holds the model in another type; of this project's own
+        checkpoints the whole model is read first.
     Returns:
       The model, and the tokenizer or None if the folder has none (a SentencePiece
       `tokenizer.model`; a `tokenizer.json` alone is not one).
@@ -51,7 +56,7 @@ def load_model(
         check_choice("dtype", dtype, DTYPES)
         config = dataclasses.replace(config, param_dtype=dtype, compute_dtype=dtype)
     check_mesh(config, MeshConfig(**mesh.shape))
-    return checkpoint.load(config, mesh), checkpoint.tokenizer
+    return checkpoint.load(config, mesh, int8), checkpoint.tokenizer
 
 
 def save_model(
@@ -89,15 +94,16 @@ class Checkpoint:
     config: ModelConfig
     """param_dtype is the type that the weights are stored in, or float32 if several."""
     tokenizer: Tokenizer | None
-    _load: Callable[[ModelConfig, jax.sharding.Mesh], Mixtral]
+    _load: Callable[[ModelConfig, jax.sharding.Mesh, bool], Mixtral]
 
-    def load(self, config: ModelConfig, mesh: jax.sharding.Mesh) -> Mixtral:
+    def load(self, config: ModelConfig, mesh: jax.sharding.Mesh, int8: bool = False) -> Mixtral:
         """The model on a mesh.
 
         Args:
           config: the checkpoint's, perhaps with other types, exchange or remat.
+          int8: as for `load_model`.
         """
-        return self._load(config, mesh)
+        return self._load(config, mesh, int8)
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -111,17 +117,20 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         step = own.find(path)
         extras = own.load_extras(step)
         config = dataclasses.replace(extras.config.model, checkpoint="")
-        return Checkpoint(
-            step, config, extras.tokenizer, lambda c, mesh: own_arrays.load_model(step, c, mesh)
-        )
+
+        def load_own(config: ModelConfig, mesh: jax.sharding.Mesh, int8: bool) -> Mixtral:
+            model = own_arrays.load_model(step, config, mesh)
+            return quantized(model, consume=True) if int8 else model
+
+        return Checkpoint(step, config, extras.tokenizer, load_own)
     weights = folders.open_weights(path)
     if weights.format.dense:
         raise folders.dense_error(path)
     tokenizer = folders.load_tokenizer(path, weights.config.vocab_size)
 
-    def load(config: ModelConfig, mesh: jax.sharding.Mesh) -> Mixtral:
+    def load(config: ModelConfig, mesh: jax.sharding.Mesh, int8: bool) -> Mixtral:
         with progress_bar("loading", weights.nbytes) as bar:
-            return loading.load(weights, config, mesh, bar.update)
+            return loading.load(weights, config, mesh, bar.update, int8)
 
     return Checkpoint(path, weights.config, tokenizer, load)
 

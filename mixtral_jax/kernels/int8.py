@@ -15,11 +15,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mixtral_jax.kernels import platform, vary_like
 
 LARGEST = 127
+STEP = np.float32(1 / LARGEST)
 BLOCK = 1 << 16
 """Values in a block: 256 KiB in float32, which half of a core's second cache holds."""
 
@@ -48,9 +50,9 @@ def quantize(w: jax.Array, contracted: tuple[int, ...]) -> Int8:
     kept = [axis for axis in range(w.ndim) if axis not in contracted]
     wide = w.transpose(*kept, *contracted).astype(jnp.float32)
     summed = tuple(range(len(kept), w.ndim))
-    scale = jnp.max(jnp.abs(wide), axis=summed, keepdims=True) / LARGEST
+    scale = jnp.max(jnp.abs(wide), axis=summed, keepdims=True) * STEP
     scale = jnp.where(scale > 0, scale, 1)
-    values = jnp.clip(jnp.round(wide / scale), -LARGEST, LARGEST).astype(jnp.int8)
+    values = jnp.clip(jnp.round(wide * (1 / scale)), -LARGEST, LARGEST).astype(jnp.int8)
     return Int8(values, scale.squeeze(summed))
 
 
