@@ -17,6 +17,7 @@ from mixtral_jax.config import DTYPES, MeshConfig, ModelConfig, check_choice, ch
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.interop import folders, loading, own, own_arrays, saving
 from mixtral_jax.interop.folders import Kind
+from mixtral_jax.model.int8 import Int8
 from mixtral_jax.model.mixtral import Mixtral
 from mixtral_jax.model.quantized import quantized
 
@@ -75,7 +76,10 @@ def save_model(
       max_shard_size: bytes in one file; huggingface only.
     Raises:
       InputError: if the folder holds something or cannot be written.
+      ValueError: if the model is in int8, which no format holds.
     """
+    if isinstance(model.head_DV, Int8):
+        raise ValueError("the model is in int8, which no format holds: save it before `quantized`")
     check_choice("format", format, tuple(kind.value for kind in Kind))
     if format == Kind.OWN.value:
         saving.write_own(model, tokenizer, path)

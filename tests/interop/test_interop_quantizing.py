@@ -78,3 +78,9 @@ def test_quantizing_in_blocks_is_that_of_the_kernel(dtype, monkeypatch):
     for actual, wanted in zip(quantizing.quantize(w, 2), quantize(w, (2, 3)), strict=True):
         assert actual.dtype == wanted.dtype
         np.testing.assert_array_equal(actual, wanted)
+
+
+def test_no_format_holds_it(saved, tmp_path):
+    for form in FORMS:
+        with pytest.raises(ValueError, match="in int8, which no format holds"):
+            mixtral_jax.save_model(saved[0], None, tmp_path / form, form)
