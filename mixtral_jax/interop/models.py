@@ -78,7 +78,7 @@ def save_model(
       InputError: if the folder holds something or cannot be written.
       ValueError: if the model is in int8, which no format holds.
     """
-    if isinstance(model.head_DV, Int8):
+    if isinstance(getattr(model, "head_DV", None), Int8):
         raise ValueError("the model is in int8, which no format holds: save it before `quantized`")
     check_choice("format", format, tuple(kind.value for kind in Kind))
     if format == Kind.OWN.value:
