@@ -1,5 +1,6 @@
 # make quickstart   train a small Mixtral on this machine's own Python files, then sample from it
-# make test         the whole test suite
+# make test         the tests, but those that take longest
+# make test-slow    those
 # make lint         ruff check and ruff format --check
 # make setup        only the virtual environment, in .venv
 # make clean        removes the environment and caches; runs/ stays
@@ -24,7 +25,7 @@ INSTALLED_TPU := $(VENV)/.installed-tpu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev quickstart test lint clean
+.PHONY: help setup setup-dev quickstart test test-slow lint clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -48,7 +49,10 @@ quickstart: setup
 	@echo "More: $(BIN)/python generate.py --checkpoint $(RUN) --prompt 'def main('"
 
 test: setup-dev $(INSTALLED_TPU)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
+
+test-slow: setup-dev $(INSTALLED_TPU)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m slow $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check --extend-exclude ".venv*" .

@@ -1,25 +1,35 @@
 """Sample from a checkpoint: python generate.py --checkpoint runs/NAME --prompt TEXT
 
-On standard output, one prompt gives its answer as it is made; a file of prompts gives, for each in
-turn, a line of `> ` and the prompt, then the answer, then an empty line. Everything else, timings
-included, goes to standard error.
+Answers go to standard output, all else (timings, progress, mistakes) to standard error. One answer
+is printed as it is made; of several each has a line of `> ` and its prompt in front and an empty
+line behind, in the order of the prompts. --format jsonl prints an object a line instead, with
+tokens, log-probabilities and why the answer ended.
+
+Prompts come from --prompt, or from --prompt-file: a text, one prompt a line, or a file whose name
+ends in .jsonl, one object a line, {"prompt": "...", "max_new_tokens": 20, "stop": ["\\n"]}, with
+any of the options below in place of the command's (`-` is standard input: lines of text, or of
+JSON with --jsonl). A bad line of JSON is named; the others are answered, and the exit code is 1.
 
 With --chat, each prompt is a message of a user's, in the template of the checkpoint's tokenizer.
-Without a prompt there is a conversation: a message a line on standard input, up to its end; /new
-begins anew, with an empty history; Ctrl-C stops an answer. The history is never cut: a message that
-the context has no room for is not answered, which ends the program unless it reads from a terminal.
+Without a prompt there is a conversation: a message a line on standard input, or several lines
+between \"\"\" and \"\"\"; /new begins anew, with an empty history, /system TEXT with another system
+prompt too; Ctrl-C stops an answer. The history is never cut: a message that the context has no room
+for is not answered, which ends the program unless it reads from a terminal.
+
+--score makes nothing: it tells the perplexity of the prompts.
 
 With --compile-only v5p:2x2x1 nothing is generated: the programs of a config's model (--config) are
 compiled for that TPU slice, which need not be there, and a report says what they take.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 
 from mixtral_jax.command_line import Parser, report, with_huge_pages
 from mixtral_jax.config import InputError
-from mixtral_jax.generation import request
+from mixtral_jax.generation import prompts, request
 
 
 def make_parser() -> Parser:
@@ -29,24 +39,52 @@ def make_parser() -> Parser:
     def option(name, metavar, kind, help):
         value = getattr(default, name.replace("-", "_"))
         help = f"{help} (default {value})"
-        parser.add_argument(f"--{name}", metavar=metavar, type=kind, default=value, help=help)
+        add(f"--{name}", metavar=metavar, type=kind, default=value, help=help)
 
-    add = parser.add_argument
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--checkpoint", metavar="DIR", help="a run folder, or one of its steps")
     model.add_argument("--config", metavar="FILE", help="a model's sizes; with --compile-only")
-    prompts = parser.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", metavar="TEXT", help="what to go on from; may be empty")
-    prompts.add_argument("--prompt-file", metavar="FILE", help="prompts, one a line")
-    add("--chat", action="store_true", help="prompts are messages; without one, converse")
-    add("--system", metavar="TEXT", help="what a conversation is told first; with --chat")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--prompt", metavar="TEXT", help="what to go on from; may be empty")
+    given.add_argument("--prompt-file", metavar="FILE", help="prompts, one a line, or .jsonl")
+    parser.add_argument("--jsonl", action="store_true", help="--prompt-file - is lines of JSON")
+    parser.add_argument("--chat", action="store_true", help="prompts are messages; else converse")
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: told first")
+
+    add = parser.add_argument_group("sampling").add_argument
     option("max-new-tokens", "N", int, "most tokens to make")
+    option("min-new-tokens", "N", int, "tokens to make before the answer may end")
     option("temperature", "T", float, "0 is greedy; above 1 is wilder than the model")
     option("top-k", "K", int, "choose from the K most likely tokens; 0 is all")
     option("top-p", "P", float, "choose from the fewest tokens that make up P; 1 is all")
+    option("min-p", "P", float, "choose from tokens P times as likely as the likeliest; 0 is all")
+    option("repetition-penalty", "R", float, "above 1: less of what prompt and answer have")
+    option("presence-penalty", "R", float, "above 0: less of what the answer has")
+    option("frequency-penalty", "R", float, "above 0: less of what it has, for each time")
+    add("--logit-bias", metavar="ID=B", action="append", help="added to a logit; repeatable")
+    add("--stop", metavar="TEXT", action="append", help="ends an answer, unseen; repeatable")
+    add("--stop-token-id", metavar="ID", type=int, action="append", help="the same; repeatable")
+    option("n", "N", int, "answers to each prompt")
     option("seed", "S", int, "the same seed gives the same answer, in any batch")
+
+    add = parser.add_argument_group("what is told").add_argument
+    add("--format", choices=["text", "jsonl"], default="text", help="of the answers")
+    add("--echo", action="store_true", help="the prompt in front of its answer")
+    add("--logprobs", metavar="N", type=int, help="with jsonl: log-probabilities, N likeliest")
+    add("--prompt-logprobs", metavar="N", type=int, help="the same of the prompt; its perplexity")
+    add("--score", action="store_true", help="only the prompt's perplexity")
+    add("--show-routing", metavar="LAYER", type=int, help="colour tokens by a layer's experts")
+
+    serving = request.Serving()
+    add = parser.add_argument_group("memory and speed").add_argument
+    add("--rows", metavar="N", type=int, help="most answers in progress at a time")
+    add("--context", metavar="N", type=int, help="most tokens of a prompt and its answer")
+    help = f"most tokens of a prompt between two steps of the others (default {serving.part})"
+    add("--part", metavar="N", type=int, default=serving.part, help=help)
+    add("--cache-dtype", metavar="TYPE", help="int8: half of the cache's memory")
+    add("--weights", metavar="TYPE", help="int8: half of the matrices' memory")
     place = "where to compute: mesh.expert=4, model.exchange=padded, model.compute_dtype=float32"
-    add("overrides", nargs="*", metavar="section.key=value", help=place)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=place)
     only = parser.add_argument_group("compile reports")
     only.add_argument("--compile-only", metavar="SLICE", help="compile for a TPU slice, and stop")
     only.add_argument("--slices", metavar="N", type=int, default=1, help="that many of them")
@@ -66,22 +104,64 @@ def compile_only(arguments: argparse.Namespace) -> int:
     sequences = arguments.sequences
     if sequences is None:
         sequences = config.mesh.batch_shards
-    batch = generation_report.Batch(sequences, arguments.prompt_length, arguments.max_new_tokens)
+    asked = (sequences, arguments.prompt_length, arguments.max_new_tokens, arguments.part)
+    batch = generation_report.Batch(*asked)
     name, path, slices = arguments.compile_only, arguments.report, arguments.slices
     return generation_report.run(config, name, batch, path, slices)
 
 
-def read_prompts(arguments: argparse.Namespace) -> list[str] | None:
+def options_of(arguments: argparse.Namespace) -> request.Options:
+    """What is asked of every prompt that does not say otherwise."""
+    names = {field.name for field in dataclasses.fields(request.Options)}
+    values = {name: value for name, value in vars(arguments).items() if name in names}
+    values["stop"] = tuple(arguments.stop or ())
+    values["stop_token_ids"] = tuple(arguments.stop_token_id or ())
+    values["logit_bias"] = tuple(map(bias, arguments.logit_bias or ()))
+    if arguments.score:
+        values["max_new_tokens"] = values["min_new_tokens"] = 0
+        values["prompt_logprobs"] = arguments.prompt_logprobs or 0
+    return request.Options(**values)
+
+
+def bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise InputError(f"--logit-bias {text} must look like ID=VALUE, such as 123=-5") from None
+
+
+def read_prompts(
+    arguments: argparse.Namespace, options: request.Options
+) -> list[prompts.Asked] | None:
     """The prompts, or None for a conversation."""
     if arguments.system is not None and not arguments.chat:
         raise InputError("--system begins a conversation: add --chat")
     if arguments.prompt is not None:
-        return [arguments.prompt]
+        return [prompts.Asked("prompt 1", arguments.prompt, None, options, None, 1)]
     if arguments.prompt_file is not None:
-        return request.read_prompts(arguments.prompt_file)
+        return prompts.read(arguments.prompt_file, options, arguments.jsonl)
     if not arguments.chat:
         raise InputError("one of the arguments --prompt --prompt-file is required, or --chat")
     return None
+
+
+def is_jsonl(arguments: argparse.Namespace) -> bool:
+    """Whether the prompts are lines of JSON."""
+    name = arguments.prompt_file or ""
+    return arguments.jsonl if name == prompts.STANDARD_INPUT else name.lower().endswith(".jsonl")
+
+
+def check_shown(arguments: argparse.Namespace, asked: list[prompts.Asked] | None) -> None:
+    """Refuse what cannot be shown as it is asked for."""
+    text = arguments.format == "text"
+    wanted = [one.options for one in asked or ()]
+    if text and any(o.logprobs is not None for o in wanted):
+        raise InputError("log-probabilities have no place in text: add --format jsonl")
+    if not text and arguments.show_routing is not None:
+        raise InputError("--show-routing colours text: leave out --format jsonl")
+    if asked is None and (arguments.score or not text or arguments.show_routing is not None):
+        raise InputError("a conversation is text: give --prompt or --prompt-file")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,22 +171,31 @@ def main(argv: list[str] | None = None) -> int:
             return compile_only(arguments)
         if arguments.report:
             raise InputError(f"--report {arguments.report} needs --compile-only SLICE")
-        options = request.Options(
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
-        )
+        options = options_of(arguments)
         deployment = request.deployment_from_overrides(arguments.overrides)
-        prompts = read_prompts(arguments)
+        serving = request.Serving(
+            arguments.rows,
+            arguments.context,
+            arguments.part,
+            arguments.cache_dtype,
+            arguments.weights,
+        )
+        asked = read_prompts(arguments, options)
+        check_shown(arguments, asked)
         from mixtral_jax.generation import chat, command  # only now: they load JAX
 
-        if arguments.chat:
-            system = arguments.system or ""
-            chat.run(arguments.checkpoint, prompts, system, options, deployment)
-        else:
-            command.run(arguments.checkpoint, prompts, options, deployment)
+        system = arguments.system or ""
+        if asked is None:
+            chat.run(arguments.checkpoint, system, options, deployment, serving)
+            return 0
+        style = command.Style(
+            jsonl=arguments.format == "jsonl",
+            strict=not is_jsonl(arguments),
+            chat=arguments.chat,
+            system=system,
+            show_routing=arguments.show_routing,
+        )
+        return command.run(arguments.checkpoint, asked, style, deployment, serving)
     except InputError as error:
         return report(error)
     except BrokenPipeError:  # whoever read the answer has gone
@@ -114,7 +203,6 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -11,20 +11,16 @@ from __future__ import annotations
 
 import math
 import time
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import measure
 import ours
-from jax.sharding import NamedSharding
 
-from mixtral_jax import config_io, sharding
+from mixtral_jax import config_io
+from mixtral_jax.analysis import generation_report
 from mixtral_jax.analysis import topology as topologies
 from mixtral_jax.config import MeshConfig, check_mesh
-from mixtral_jax.generation.engine import Rows, programs
-from mixtral_jax.generation.sampling import Parameters
-from mixtral_jax.model.cache import make_cache
 from mixtral_jax.model.mixtral import abstract_state
 
 GIB = 2**30
@@ -65,23 +61,14 @@ def fit(
     check_mesh(config, MeshConfig(**mesh_sizes))
     target = topologies.get_slice(topology)
     mesh = topologies.make_mesh(MeshConfig(**mesh_sizes), target)
-    graphdef, state = abstract_state(config)
+    _, state = abstract_state(config)
     params = ours.abstract(state, mesh)
 
-    def rows_of(dtype, *shape):
-        where = NamedSharding(mesh, sharding.spec("batch"))
-        return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=where)
-
-    whole, real = rows_of(jnp.int32), rows_of(jnp.float32)
-    rows = Rows(whole, whole, rows_of(jnp.uint32), Parameters(real, whole, *[real] * 5))
-    tokens = rows_of(jnp.int32, context // 2)
-    prefill, decode = programs(graphdef, 2)
     began = time.perf_counter()
-    with jax.set_mesh(mesh):
-        first = prefill.lower(params, tokens, rows, slots=context).compile()
-        progress, _ = jax.eval_shape(partial(prefill, slots=context), params, tokens, rows)
-        cache = held(jax.eval_shape(lambda: make_cache(config, batch, context, jnp.bfloat16)))
-        step = decode.lower(params, progress, rows).compile()
+    asked = generation_report.Batch(batch, context // 2, context - context // 2)
+    both = generation_report.two_programs(config, mesh, asked)
+    first, step = (both[kind].compile(mesh) for kind in ("prefill", "decode"))
+    cache = held(both["decode"].arguments[1].cache)
     memory = target.chip.hbm_bytes
     weights = held(params)
     peaks = {}

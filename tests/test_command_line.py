@@ -238,6 +238,7 @@ def test_two_hosts_train_save_and_resume_as_one(config_file, tmp_path, unused_po
     assert ends[0]["data_state"] == ends[1]["data_state"]
 
 
+@pytest.mark.slow
 def test_a_profile_is_written_also_of_the_last_step(config_file, tmp_path):
     """In its own process: the profiler does not get on with every libtpu that tests load."""
     steps = ["training.steps=3", "training.profile_steps=2:3", "training.validate_every=0"]

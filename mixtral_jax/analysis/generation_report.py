@@ -1,10 +1,11 @@
 """What prefill and decode take on a TPU slice, from its compiler alone.
 
-The two programs of generation/engine.py for one batch whose prompts are all of one length, priced
-as a training step is (compile_report.py). Beside the estimate of a decoding step stands its limit:
-the time that reading what it must read takes at the chip's memory bandwidth, namely a device's
-share of the weights, of the experts those that the batch visits if it visits them at random, and
-its share of the cache.
+The two programs of generation/programs.py for one batch whose prompts are all of one length, priced
+as a training step is (compile_report.py): a part of a prompt on each device that the batch is split
+over, at most --part tokens, and a decoding step of all sequences. Beside the estimate of a decoding
+step stands its limit: the time that reading what it must read takes at the chip's memory bandwidth,
+namely a device's share of the weights, of the experts those that the batch visits if it visits them
+at random, and its share of the cache.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import NamedSharding
 
 from mixtral_jax import config_io, sharding
@@ -24,11 +26,13 @@ from mixtral_jax.analysis import prices, topology
 from mixtral_jax.analysis.compile_report import aligned, check_path, estimates, write
 from mixtral_jax.analysis.memory import bytes_of, memory_of
 from mixtral_jax.config import Config, InputError, ModelConfig
-from mixtral_jax.generation.engine import Rows, bucket, prefill, programs
+from mixtral_jax.generation.engine import PART
+from mixtral_jax.generation.programs import ENDS, Lanes, Rows, empty, functions
+from mixtral_jax.generation.rows import length_of
 from mixtral_jax.generation.sampling import Parameters
+from mixtral_jax.kernels import cached_attention
+from mixtral_jax.model.cache import places
 from mixtral_jax.model.mixtral import abstract_state
-
-EOS = 2
 
 
 class Batch(NamedTuple):
@@ -37,6 +41,13 @@ class Batch(NamedTuple):
     sequences: int
     prompt_length: int
     max_new_tokens: int
+    part: int = PART
+    """Most tokens of a prompt that are run at a time."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the part that prefill runs: a power of two, as the engine has them."""
+        return length_of(min(self.prompt_length, self.part))
 
 
 def read_config(path: str, overrides: Sequence[str]) -> Config:
@@ -69,37 +80,47 @@ class Program(NamedTuple):
 
 def two_programs(model: ModelConfig, mesh: jax.sharding.Mesh, batch: Batch) -> dict[str, Program]:
     """`prefill` and `decode` for a batch on a mesh."""
-    context = model.max_position_embeddings
-    length = bucket(batch.prompt_length, context)
-    slots = min(length + bucket(batch.max_new_tokens, context), context)
     graphdef, state = abstract_state(model)
     params = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
         state,
         sharding.param_shardings(state, mesh),
     )
-
-    def array(dtype, *shape):
-        where = sharding.batch_sharding(mesh)
-        return jax.ShapeDtypeStruct((batch.sequences, *shape), dtype, sharding=where)
-
-    whole, real = array(jnp.int32), array(jnp.float32)
-    rows = Rows(whole, whole, array(jnp.uint32), Parameters(real, whole, *[real] * 5))
-    tokens = array(jnp.int32, length)
-    first, step = programs(graphdef, EOS)
+    rows, lanes, alive = abstract_inputs(mesh, batch.sequences, batch.length)
+    size = places(min(batch.prompt_length + batch.max_new_tokens, model.max_position_embeddings))
     with jax.set_mesh(mesh):
-        made = partial(prefill, graphdef, EOS, slots=slots)
-        progress, _ = jax.eval_shape(made, params, tokens, rows)
+        whole = nnx.merge(graphdef, state)
+        progress = jax.eval_shape(lambda: empty(whole, batch.sequences, size))
     progress = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(
             a.shape, a.dtype, sharding=NamedSharding(mesh, a.sharding.spec)
         ),
         progress,
     )
+    made = functions(graphdef)
     return {
-        "prefill": Program(first, (params, tokens, rows), {"slots": slots}),
-        "decode": Program(step, (params, progress, rows), {}),
+        "prefill": Program(made["extend"], (params, progress, rows, lanes), {}),
+        "decode": Program(made["decode"], (params, progress, rows, alive), {}),
     }
+
+
+def abstract_inputs(
+    mesh: jax.sharding.Mesh, sequences: int, length: int
+) -> tuple[Rows, Lanes, jax.ShapeDtypeStruct]:
+    """Shapes of (rows, lanes, alive_B) for a cache with so many rows, and parts so long."""
+    with jax.set_mesh(mesh):
+        shards = sharding.batch_shards()
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
+
+    whole, real = (array(dtype, sequences) for dtype in (jnp.int32, jnp.float32))
+    parameters = Parameters(real, whole, *[real] * 5)
+    wanted = array(bool, sequences)
+    ends = array(jnp.int32, sequences, ENDS)
+    rows = Rows(array(jnp.uint32, sequences), whole, ends, wanted, parameters)
+    tokens, one = array(jnp.int32, shards, length), array(jnp.int32, shards)
+    return rows, Lanes(tokens, tokens, one, one, one, array(bool, shards)), wanted
 
 
 def generation_report(
@@ -121,7 +142,9 @@ def generation_report(
         )
         if found["fits"]:
             found.update(estimates(price_of(kind, config, mesh, target, batch), target))
-            tokens = batch.sequences * (batch.prompt_length if kind == "prefill" else 1)
+            tokens = batch.sequences
+            if kind == "prefill":
+                tokens = config.mesh.batch_shards * batch.length
             speed = tokens / target.chips / found["estimated_step_seconds"]
             found["estimated_tokens_per_second_per_chip"] = speed
         report[kind] = found
@@ -140,15 +163,15 @@ def price_of(
 ) -> prices.Price:
     """The price of one run of `prefill` or of `decode`."""
     model = config.model.dropless()
-    length = 1
+    tokens = batch.sequences // config.mesh.batch_shards
     if kind == "prefill":
-        length = bucket(batch.prompt_length, model.max_position_embeddings)
-    tokens = batch.sequences // config.mesh.batch_shards * length
+        tokens = batch.length
     share = prices.share_in_use(model, mesh, tokens)
 
     def of_layers(layers: int) -> prices.Price:
         few = dataclasses.replace(model, num_hidden_layers=layers, scan_layers=False)
-        compiled = two_programs(few, mesh, batch)[kind].compile(mesh, prices.PRICED_WITH)
+        with cached_attention.whole():
+            compiled = two_programs(few, mesh, batch)[kind].compile(mesh, prices.PRICED_WITH)
         return prices.price_of(compiled, mesh, target, share)
 
     return prices.extrapolate(of_layers, model.num_hidden_layers)
@@ -194,8 +217,8 @@ def table(report: dict[str, Any]) -> str:
         ("slice", f"{report['topology']}, {report['chips']} chips; all below per chip"),
         (
             "batch",
-            f"{report['sequences']} prompts of {report['prompt_length']} tokens, "
-            f"{report['max_new_tokens']} new ones each",
+            f"{report['sequences']} prompts of {report['prompt_length']} tokens in parts of "
+            f"{report['part']}, {report['max_new_tokens']} new ones each",
         ),
     ]
     for kind in ("prefill", "decode"):

@@ -142,6 +142,10 @@ class Tokenizer:
         """Text of ids; control ids are nothing, and bytes that are no character are U+FFFD each."""
         return self._processor.decode([int(i) for i in ids])
 
+    def piece(self, token: int) -> str:
+        """How the model spells an id: a space is one, a byte <0x0A>, a control piece its name."""
+        return self._processor.id_to_piece(int(token)).replace("\u2581", " ")
+
     def byte(self, token: int) -> bytes:
         """The byte that a byte-fallback id stands for, and b"" for other ids."""
         if not self._processor.is_byte(int(token)):

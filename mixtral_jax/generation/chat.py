@@ -1,50 +1,49 @@
-"""What generate.py --chat does: prompts as messages of a user's, and whole conversations."""
+"""What generate.py --chat does without a prompt: a conversation."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import pathlib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import jax
 
 from mixtral_jax.config import InputError
 from mixtral_jax.data.chat import encode_chat
-from mixtral_jax.data.tokenizer import StreamDecoder, Tokenizer
-from mixtral_jax.generation import command
+from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.generation import command, output
+from mixtral_jax.generation.command import message, opening
 from mixtral_jax.generation.engine import Engine
-from mixtral_jax.generation.request import Deployment, Options, Request
+from mixtral_jax.generation.request import Deployment, Options, Request, Serving
 
-NEW = "/new"
-HELP = f"one message a line; {NEW} begins anew, Ctrl-C stops an answer, Ctrl-D ends"
+NEW, SYSTEM, QUOTES = "/new", "/system", '"""'
+HELP = (
+    f"one message a line, or several lines between {QUOTES}; {NEW} begins anew, {SYSTEM} TEXT too, "
+    "and tells the model that first; Ctrl-C stops an answer, Ctrl-D ends"
+)
 
 
 def run(
     checkpoint: str | pathlib.Path,
-    prompts: Sequence[str] | None,
     system: str,
     options: Options,
     deployment: Deployment,
+    serving: Serving,
 ) -> None:
-    """Answer prompts, each as the one message of a user's; or, if None, converse.
+    """Converse, on standard input and output; see `converse`.
 
-    A conversation is read from standard input; see `converse`. Starts JAX for the deployment's
-    mesh, so call it once per process.
+    Starts JAX for the deployment's mesh, so call it once per process.
 
     Raises:
       InputError: for what a user can mend.
     """
     deployed = command.deploy(checkpoint, deployment)
     tokenizer = deployed.tokenizer
-    if prompts is not None:
-        chats = [[*opening(system), message("user", prompt)] for prompt in prompts]
-        requests = [Request(tuple(encode_chat(tokenizer, chat)), options) for chat in chats]
-        command.answer(deployed, prompts, requests, [StreamDecoder(tokenizer) for _ in prompts])
-        return
     if jax.process_count() > 1:
         raise InputError(
             f"a conversation has one terminal and this is one of {jax.process_count()} processes: "
@@ -52,21 +51,18 @@ def run(
         )
     encode_chat(tokenizer, [*opening(system), message("user", "")])  # before the weights are read
     context = deployed.config.max_position_embeddings
-    chat = Chat(deployed.start(), tokenizer, system, options, context)
+    context = min(serving.context or context, context)
+    engine = deployed.start(dataclasses.replace(serving, rows=1, context=context))
+    chat = Chat(engine, tokenizer, system, options, context)
     converse(chat, sys.stdin.buffer, terminal=sys.stdin.isatty())
 
 
-def message(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "content": text}
-
-
-def opening(system: str) -> list[dict[str, Any]]:
-    """The messages that a conversation begins with."""
-    return [message("system", system)] if system else []
-
-
 class Chat:
-    """A conversation with a model. Every turn is encoded anew from the messages before it."""
+    """A conversation with a model.
+
+    Every turn is encoded anew from the messages before it; what the engine's cache has of them is
+    not computed again.
+    """
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, system: str, options: Options, context: int
@@ -78,8 +74,9 @@ class Chat:
         self._context = context
         self.forget()
 
-    def forget(self) -> None:
-        """Begin anew, with the system prompt alone."""
+    def forget(self, system: str | None = None) -> None:
+        """Begin anew, with the system prompt alone, or with a new one."""
+        self._system = self._system if system is None else system
         self.messages: list[dict[str, Any]] = opening(self._system)
 
     def reply(self, text: str, show: Callable[[str], None], stopped: Callable[[], bool]) -> str:
@@ -94,20 +91,18 @@ class Chat:
           InputError: if the conversation would not fit in the context; the history stays as it was.
         """
         messages = [*self.messages, message("user", text)]
-        steps = self._engine.stream([self._request(messages)])
+        events = self._engine.stream(self._request(messages))
         self.messages = messages
-        decoder = StreamDecoder(self._tokenizer)
         answer = ""
-        for made in steps:
-            part = "".join(decoder.push(token) for token in made.values())
-            show(part)
-            answer += part
-            if stopped():
-                break
-        show(end := decoder.flush())
-        if answer + end:
-            messages.append(message("assistant", answer + end))
-        return answer + end
+        with contextlib.closing(events):
+            for event in events:
+                show(event.text)
+                answer += event.text
+                if stopped():
+                    break
+        if answer:
+            messages.append(message("assistant", answer))
+        return answer
 
     def _request(self, messages: list[dict[str, Any]]) -> Request:
         ids = encode_chat(self._tokenizer, messages)
@@ -121,41 +116,74 @@ class Chat:
                 f"the conversation has {len(ids)} tokens and with max_new_tokens={most} goes "
                 f"beyond the model's context of {self._context}: {fix}"
             )
-        return Request(tuple(ids), self._options)
+        return Request(tuple(ids), self._options, goes_on=False)
 
 
 def converse(chat: Chat, stream: BinaryIO, terminal: bool) -> None:
-    """Answer the lines of a stream on standard output, each as it is read, up to the stream's end.
+    """Answer the messages of a stream on standard output, each as it is read, up to its end.
 
-    A line is a message of the user's; a blank one is passed over; NEW begins anew. What cannot be
-    answered, such as a message that the context has no room for, is said in one line. On a terminal
-    the conversation then goes on without it; from a file or a pipe, that ends the program.
+    A message is a line, or all lines between two of three quotation marks; a blank one is passed
+    over; NEW and SYSTEM begin anew. What cannot be answered, such as a message that the context has
+    no room for, is said in one line. On a terminal the conversation then goes on without it; from a
+    file or a pipe, that ends the program.
 
     Raises:
       InputError: for such a message, if not from a terminal.
     """
     if terminal:
-        command.say(HELP)
-    for number, line in enumerate(_lines(stream, terminal), 1):
+        output.say(HELP)
+    lines = enumerate(_lines(stream, terminal), 1)
+    for number, line in lines:
         try:
             text = _decode(line, number)
-            if text.strip() == NEW:
-                chat.forget()
-                command.say("a new conversation")
-            elif text.strip():
-                _answer(chat, text)
+            if text.lstrip().startswith(QUOTES):
+                text = _quoted(text, number, lines)
+            _take(chat, text)
         except InputError as error:
             if not terminal:
                 raise
-            command.say(f"not answered: {error}")
+            output.say(f"not answered: {error}")
+
+
+def _quoted(first: str, number: int, lines: Iterator[tuple[int, bytes]]) -> str:
+    """A message of several lines, up to the closing quotation marks or the end."""
+    _, text = first.split(QUOTES, 1)
+    parts, wrong = [], None
+    while QUOTES not in text:
+        parts.append(text)
+        try:
+            number, line = next(lines)
+        except StopIteration:
+            raise InputError(f"line {number}: the message has no closing {QUOTES}") from None
+        try:
+            text = _decode(line, number)
+        except InputError as error:  # the rest of the message is still to be passed over
+            text, wrong = "", error
+    if wrong is not None:
+        raise wrong
+    parts.append(text.split(QUOTES, 1)[0])
+    return "\n".join(parts).strip("\n")
+
+
+def _take(chat: Chat, text: str) -> None:
+    """Do what a message says."""
+    word, _, rest = text.strip().partition(" ")
+    if word == NEW and not rest:
+        chat.forget()
+        output.say("a new conversation")
+    elif word == SYSTEM:
+        chat.forget(rest.strip())
+        output.say("a new conversation, with a new system prompt")
+    elif text.strip():
+        _answer(chat, text)
 
 
 def _answer(chat: Chat, text: str) -> None:
     with interruptions() as stopped:
-        answer = chat.reply(text, command.write, stopped.is_set)
-    command.write("\n")
+        answer = chat.reply(text, output.write, stopped.is_set)
+    output.write("\n")
     if not answer:
-        command.say("the answer is empty: the next message is joined to this one")
+        output.say("the answer is empty: the next message is joined to this one")
 
 
 def _lines(stream: BinaryIO, terminal: bool) -> Iterator[bytes]:
@@ -165,7 +193,7 @@ def _lines(stream: BinaryIO, terminal: bool) -> Iterator[bytes]:
         line = stream.readline()
         if not line:
             if terminal:
-                command.say("")
+                output.say("")
             return
         yield line.removesuffix(b"\n").removesuffix(b"\r")
 

@@ -5,38 +5,181 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
 from mixtral_jax import sharding
 from mixtral_jax.command_line import StartUp
 from mixtral_jax.config import InputError, ModelConfig, check_mesh
-from mixtral_jax.data.tokenizer import StreamDecoder, Tokenizer
+from mixtral_jax.data.chat import encode_chat
+from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.generation.answering import Event
 from mixtral_jax.generation.engine import Engine
-from mixtral_jax.generation.request import Deployment, Options, Request, check_requests
+from mixtral_jax.generation.output import Json, Rates, Shown, Text, legend, painted, pieces, say
+from mixtral_jax.generation.prompts import Asked
+from mixtral_jax.generation.request import Deployment, Request, Serving, check_request
+from mixtral_jax.generation.results import Answer
+from mixtral_jax.generation.rows import capacity_for
 from mixtral_jax.interop.folders import recognise
 from mixtral_jax.interop.models import open_checkpoint
 from mixtral_jax.model.mixtral import chosen_kernels
 
+MOST_ROWS = 16
+"""Answers in progress at a time, where nothing else is asked for."""
+
+
+class Style(NamedTuple):
+    """How prompts are read and answers shown."""
+
+    jsonl: bool = False
+    """Answers as lines of JSON."""
+    strict: bool = True
+    """Whether one prompt that cannot be answered stops all, before anything is loaded."""
+    chat: bool = False
+    """Whether texts are messages of a user's."""
+    system: str = ""
+    """With chat, what the model is told first."""
+    show_routing: int | None = None
+    """The layer whose experts the answers are coloured by."""
+
 
 def run(
-    checkpoint: str | pathlib.Path, prompts: Sequence[str], options: Options, deployment: Deployment
-) -> None:
-    """Print how a checkpoint's model goes on from prompts, on standard output; see `print_answers`.
+    checkpoint: str | pathlib.Path,
+    asked: Sequence[Asked],
+    style: Style,
+    deployment: Deployment,
+    serving: Serving,
+) -> int:
+    """Print what a checkpoint's model answers, on standard output.
 
     Starts JAX for the deployment's mesh, so call it once per process.
 
+    Returns:
+      The exit code: 1 if a request could not be answered, which standard error tells.
     Raises:
       InputError: for what a user can mend; no answer has been printed then.
     """
     deployed = deploy(checkpoint, deployment)
+    context = deployed.config.max_position_embeddings
+    limit = min(serving.context or context, context)
+    requests = [_request(one, deployed, style, limit) for one in asked]
+    good = [(n, r) for n, r in enumerate(requests) if isinstance(r, Request)]
+    for reason in requests:
+        if isinstance(reason, str):
+            say(f"error: {reason}")
+    if not good:
+        _print_refused(asked, requests, style)
+        return 1
+    engine = deployed.start(sized(serving, [request for _, request in good]))
+    show(engine, asked, requests, style, deployed.start_up)
+    return 0 if len(good) == len(asked) else 1
+
+
+def _request(asked: Asked, deployed: Deployed, style: Style, limit: int) -> Request | str:
+    """What the engine is asked, or why it cannot be."""
     tokenizer = deployed.tokenizer
-    ids = [(tokenizer.bos_id, *tokenizer.encode(prompt)) for prompt in prompts]
-    requests = [Request(tokens, options) for tokens in ids]
-    answer(deployed, prompts, requests, [decoder_after(tokenizer, r) for r in requests])
+    try:
+        if asked.error is not None:
+            raise InputError(asked.error)
+        messages = asked.messages
+        if messages is None and style.chat:
+            messages = [*opening(style.system), message("user", asked.text)]
+        if messages is None:
+            request = Request((tokenizer.bos_id, *tokenizer.encode(asked.text)), asked.options)
+        else:
+            request = Request(tuple(encode_chat(tokenizer, messages)), asked.options, goes_on=False)
+        check_request(request, deployed.config.vocab_size, limit, asked.name)
+        return request
+    except InputError as error:
+        if style.strict:
+            raise
+        reason = str(error)
+        return reason if asked.name in reason else f"{asked.name}: {reason}"
+
+
+def sized(serving: Serving, requests: Sequence[Request]) -> Serving:
+    """What requests need, where nothing else is asked for: few sizes, to compile few programs."""
+    rows, context = serving.rows, serving.context
+    if rows is None:
+        answers = sum(request.options.n for request in requests)
+        rows = min(MOST_ROWS, 1 << (answers - 1).bit_length())
+    if context is None:
+        longest = max(len(r.tokens) + r.options.max_new_tokens for r in requests)
+        context = capacity_for(longest)
+    return dataclasses.replace(serving, rows=rows, context=context)
+
+
+def show(
+    engine: Engine,
+    asked: Sequence[Asked],
+    requests: Sequence[Request | str],
+    style: Style,
+    start_up: StartUp,
+) -> None:
+    """Answer requests, print the answers as they come, and say how fast."""
+    good = [(n, r) for n, r in enumerate(requests) if isinstance(r, Request)]
+    printer = _printer(engine, asked, requests, style)
+    answers = sum(request.options.n for _, request in good)
+    live = sys.stderr.isatty() and not sys.stdout.isatty()
+    rates = Rates(answers, lambda: start_up.end("prefill"), live)
+    for number, reason in enumerate(requests):
+        if isinstance(reason, str):
+            printer.take(_refused(number, asked[number], reason))
+    cached = 0
+    for event in engine.run([request for _, request in good]):
+        number = good[event.request][0]
+        if event.answer is not None:
+            cached += event.answer.cached_tokens
+            event.answer.request_name, event.answer.id = asked[number].name, asked[number].id
+        rates.take(event)
+        printer.take(event._replace(request=number))
+    say(rates.report(sum(len(r.tokens) * r.options.n for _, r in good), cached))
+    say(start_up.report("token"))
+
+
+def _printer(
+    engine: Engine | None,
+    asked: Sequence[Asked],
+    requests: Sequence[Request | str],
+    style: Style,
+) -> Text | Json:
+    prompts = [Shown(_text_of(one), one.options.n, one.options.echo) for one in asked]
+    if style.jsonl:
+        return Json(prompts)
+    if style.show_routing is None:
+        return Text(prompts)
+    layer, tokenizer = style.show_routing, engine.tokenizer
+    say(f"experts of layer {layer}: {legend(engine.config.num_local_experts)}")
+
+    def paint(number: int, answer: Answer) -> str:
+        tokens = [*requests[number].tokens, *answer.tokens]
+        return painted(pieces(tokenizer, tokens), engine.experts(tokens, layer)[:, 0])
+
+    return Text(prompts, paint)
+
+
+def _print_refused(asked: Sequence[Asked], requests: Sequence[Any], style: Style) -> None:
+    if style.jsonl:
+        printer = _printer(None, asked, requests, style)
+        for number, reason in enumerate(requests):
+            printer.take(_refused(number, asked[number], reason))
+
+
+def _refused(number: int, asked: Asked, reason: str) -> Event:
+    answer = Answer(asked.name, asked.id, 0, _text_of(asked), "", [], "error", error=reason)
+    return Event(number, 0, "", None, None, answer)
+
+
+def _text_of(asked: Asked) -> str:
+    if asked.text is not None:
+        return asked.text
+    contents = [m.get("content") for m in asked.messages or [] if m.get("role") == "user"]
+    return contents[-1] if contents and isinstance(contents[-1], str) else ""
+
+
+# ---- checkpoints -------------------------------------------------------------------------------
 
 
 class Deployed(NamedTuple):
@@ -44,7 +187,7 @@ class Deployed(NamedTuple):
 
     tokenizer: Tokenizer
     config: ModelConfig
-    start: Callable[[], Engine]
+    start: Callable[[Serving], Engine]
     """Reads the weights."""
     start_up: StartUp
 
@@ -71,33 +214,22 @@ def deploy(checkpoint: str | pathlib.Path, deployment: Deployment) -> Deployed:
 
     start_up.end("checkpoint and devices")
 
-    def start() -> Engine:
-        engine = Engine(found.load(config, mesh), mesh, tokenizer.eos_id)
+    def start(serving: Serving) -> Engine:
+        engine = Engine(
+            found.load(config, mesh, serving.weights == "int8"),
+            tokenizer,
+            rows=serving.rows,
+            capacity=serving.context,
+            part=serving.part,
+            cache_dtype=serving.cache_dtype,
+        )
         place = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-        say(f"checkpoint {found.path}, {config.num_parameters:,} parameters on {place}")
+        kind = " in int8" if serving.weights else ""
+        say(f"checkpoint {found.path}, {config.num_parameters:,} parameters{kind} on {place}")
         start_up.end("weights")
         return engine
 
     return Deployed(tokenizer, config, start, start_up)
-
-
-def answer(
-    deployed: Deployed,
-    prompts: Sequence[str],
-    requests: Sequence[Request],
-    decoders: Sequence[StreamDecoder],
-) -> None:
-    """Print what the model answers to requests, each by its decoder, and say how fast.
-
-    Raises:
-      InputError: for requests that the model cannot answer; no weights have been read then.
-    """
-    config = deployed.config
-    check_requests(requests, config.vocab_size, config.max_position_embeddings)
-    steps = Timed(deployed.start().stream(requests), deployed.start_up)
-    print_answers(steps, prompts, decoders)
-    say(steps.report(sum(len(r.tokens) for r in requests)))
-    say(deployed.start_up.report("token"))
 
 
 def model_config(trained: ModelConfig, deployment: Deployment) -> ModelConfig:
@@ -113,71 +245,13 @@ def model_config(trained: ModelConfig, deployment: Deployment) -> ModelConfig:
     return config
 
 
-def decoder_after(tokenizer: Tokenizer, request: Request) -> StreamDecoder:
-    """A decoder that has seen the prompt, so that an answer keeps the space it begins with."""
-    decoder = StreamDecoder(tokenizer)
-    for token in request.tokens:
-        decoder.push(token)
-    decoder.flush()
-    return decoder
+# ---- messages ----------------------------------------------------------------------------------
 
 
-def print_answers(
-    steps: Iterable[dict[int, int]], prompts: Sequence[str], decoders: Sequence[StreamDecoder]
-) -> None:
-    """Print what comes from Engine.stream, on the first host.
-
-    One prompt: the answer alone, each token as it comes. Several: when all have ended, in their
-    order, a line of `> ` and the prompt, then the answer, then an empty line.
-    """
-    alone = len(prompts) == 1
-    texts = [""] * len(prompts)
-    for made in steps:
-        for row, token in made.items():
-            part = decoders[row].push(token)
-            texts[row] += part
-            if alone:
-                write(part)
-    ends = [decoder.flush() for decoder in decoders]
-    if alone:
-        write(ends[0] + "\n")
-        return
-    for prompt, text, end in zip(prompts, texts, ends, strict=True):
-        write(f"> {prompt}\n{text}{end}\n\n")
+def message(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": text}
 
 
-class Timed:
-    """Steps from Engine.stream, with the time that each took; the first one ends the start-up."""
-
-    def __init__(self, steps: Iterable[dict[int, int]], start_up: StartUp):
-        self._steps, self._start_up = steps, start_up
-        self._made: list[int] = []
-        self._times = [time.perf_counter()]
-
-    def __iter__(self) -> Iterator[dict[int, int]]:
-        for made in self._steps:
-            if not self._made:
-                self._start_up.end("prefill")
-            self._made.append(len(made))
-            self._times.append(time.perf_counter())
-            yield made
-
-    def report(self, prompt_tokens: int) -> str:
-        """One line: time of the prefill, and tokens/s of decoding without its first step."""
-        prefill = self._times[1] - self._times[0]
-        line = f"{prompt_tokens} prompt tokens in {prefill:.2f} s, with compiling"
-        made, seconds = sum(self._made[2:]), self._times[-1] - self._times[min(2, len(self._made))]
-        rate = f"; then {made / seconds:.1f} tokens/s" if made else ""
-        return f"{line}; {sum(self._made)} tokens made{rate}"
-
-
-def write(text: str) -> None:
-    """Print on the first host's standard output, at once."""
-    if jax.process_index() == 0:
-        print(text, end="", flush=True)
-
-
-def say(text: str) -> None:
-    """Print a line on the first host's standard error."""
-    if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
+def opening(system: str) -> list[dict[str, Any]]:
+    """The messages that a conversation begins with."""
+    return [message("system", system)] if system else []

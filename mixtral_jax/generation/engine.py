@@ -1,19 +1,22 @@
-"""Prefill and decode: many prompts of different lengths as one batch, a step of tokens at a time.
+"""Many requests on one model: continuous batching, prompts in parts, prefixes used again.
 
-Two programs, each compiled once for each of its shapes:
+The cache has a fixed number of rows, split over the devices as the batch is. A request waits for a
+free row; its prompt is run in parts, one row of each device at a time, between which the rows that
+have their prompts behind them decode; a row whose answer has ended takes the next request while the
+others go on. What a row's cache holds stays there: a prompt that begins as one before it, in any
+row, in use or not, begins where they differ.
 
-  prefill  all prompts at once, padded on the right: fills the cache, makes every row's first token
-  decode   one more token for every row that is still live
+Shapes are few: parts of 16, 32, 64 ... tokens up to `part`, one decoding step of all rows. They are
+compiled when first used, or all by `warm_up`.
 
-The shapes are few. Prompts are padded to a power of two, answers too, and the cache holds both:
-slots = bucket(longest prompt) + bucket(most new tokens), none of them above the model's context.
-The batch is padded to a multiple of the devices it is split over. Padding, and rows that have
-ended, belong to segment 0: no expert works on them.
+The devices are one turn ahead of the host: a turn begins before the host has read what the one
+before it made. An answer that ends by what the model says costs one step in vain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,241 +24,318 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
 
 from mixtral_jax import sharding
-from mixtral_jax.config import ModelConfig
-from mixtral_jax.generation.request import Request, check_requests
-from mixtral_jax.generation.sampling import Parameters, row_keys, sample
-from mixtral_jax.model.cache import LayerCache
-from mixtral_jax.model.mixtral import Mixtral
+from mixtral_jax.config import InputError, ModelConfig
+from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.generation.answering import Event, Task
+from mixtral_jax.generation.devices import Devices
+from mixtral_jax.generation.placing import Placing, rows_that_fit
+from mixtral_jax.generation.programs import Made, empty
+from mixtral_jax.generation.request import Options, Request, Serving, check_request
+from mixtral_jax.generation.results import Answer
+from mixtral_jax.generation.routing import Routing
+from mixtral_jax.generation.rows import LEAST_PART, Row, choose, length_of
+from mixtral_jax.model.cache import bytes_of_row, places
+from mixtral_jax.model.mixtral import Mixtral, compute_dtype
 from mixtral_jax.model.unstacked import unstacked
 
-NOTHING = -1  # in the place of a token, from a row that has ended
-LEAST_BUCKET = 16
+PART = Serving.part
+ROWS = 8
 
 
-class Rows(NamedTuple):
-    """What stays as it is while a batch is answered."""
+class Turn(NamedTuple):
+    """What the devices have been told to do, until the host reads what came of it."""
 
-    length_B: jax.Array
-    """int32 tokens of the prompt; 0 for a row that only fills up the batch."""
-    most_B: jax.Array
-    """int32, most tokens to make."""
-    seed_B: jax.Array
-    """uint32."""
-    parameters: Parameters
-
-
-class Progress(NamedTuple):
-    """What a step hands to the next one, which reuses its memory."""
-
-    cache: LayerCache | tuple[LayerCache, ...]
-    token_B: jax.Array
-    """The newest token, which the cache does not hold yet."""
-    made_B: jax.Array
-    """Tokens made so far."""
-    live_B: jax.Array
-    """False once a row has ended."""
-
-
-class Made(NamedTuple):
-    """What a step shows to the host; the same on every device."""
-
-    token_B: jax.Array
-    """The token that each row made, or NOTHING."""
-    any_live: jax.Array
-    """Whether another step is needed."""
-
-
-def bucket(length: int, most: int) -> int:
-    """The power of two, 16 or more, that holds a length, or `most` where that is less."""
-    return min(most, max(LEAST_BUCKET, 1 << (length - 1).bit_length()))
-
-
-# ---- on the devices ----------------------------------------------------------------------------
-
-
-def prefill(
-    graphdef: nnx.GraphDef,
-    eos_id: int,
-    params: nnx.State,
-    tokens_BL: jax.Array,
-    rows: Rows,
-    *,
-    slots: int,
-) -> tuple[Progress, Made]:
-    """Run the prompts and make each row's first token.
-
-    Args:
-      graphdef, params: the model, from nnx.split.
-      eos_id: ends a row, without being one of its tokens.
-      tokens_BL: int32 prompts, padded on the right.
-      slots: tokens that a row of the cache holds, at least L.
-    """
-    model = nnx.merge(graphdef, params)
-    batch, length = tokens_BL.shape
-    cache = model.empty_cache(batch, length)
-    positions_BL = jnp.zeros_like(tokens_BL) + jnp.arange(length)[None]
-    segments_BL = (positions_BL < rows.length_B[:, None]).astype(jnp.int32)
-    last_B = jnp.maximum(rows.length_B - 1, 0)
-    out = model.forward(tokens_BL, positions_BL, segments_BL, cache, last_B)
-    cache = jax.tree.map(partial(_longer, slots=slots), out.cache)
-    made_B = jnp.zeros_like(rows.length_B)
-    return _advance(eos_id, cache, out.logits_BLV, rows, made_B, rows.length_B > 0)
-
-
-def decode(
-    graphdef: nnx.GraphDef, eos_id: int, params: nnx.State, progress: Progress, rows: Rows
-) -> tuple[Progress, Made]:
-    """Make one more token in each live row; arguments as for `prefill`."""
-    model = nnx.merge(graphdef, params)
-    position_B = jnp.maximum(rows.length_B + progress.made_B - 1, 0)
-    out = model.forward(
-        progress.token_B[:, None],
-        position_B[:, None],
-        progress.live_B.astype(jnp.int32)[:, None],
-        progress.cache,
-    )
-    return _advance(eos_id, out.cache, out.logits_BLV, rows, progress.made_B, progress.live_B)
-
-
-def programs(graphdef: nnx.GraphDef, eos_id: int) -> tuple[Callable, Callable]:
-    """(prefill, decode) for jit: of (params, tokens_BL, rows, slots) and (params, progress, rows).
-
-    Decoding gives the memory of `progress` to its result.
-    """
-    first = jax.jit(partial(prefill, graphdef, eos_id), static_argnames="slots")
-    return first, jax.jit(partial(decode, graphdef, eos_id), donate_argnames="progress")
-
-
-def _longer(cache_BSKH, slots: int) -> jax.Array:
-    """A cache, perhaps of stacked layers, with that many slots."""
-    more = [(0, 0)] * cache_BSKH.ndim
-    more[-3] = (0, slots - cache_BSKH.shape[-3])
-    return jnp.pad(cache_BSKH, more)
-
-
-def _advance(eos_id, cache, logits_BLV, rows, made_B, live_B) -> tuple[Progress, Made]:
-    with jax.named_scope("sample"):
-        token_B = _next_tokens(logits_BLV[:, 0], rows, made_B)
-    made_one_B = live_B & (token_B != eos_id)
-    made_B = made_B + made_one_B
-    live_B = made_one_B & (made_B < rows.most_B)
-    shown_B = sharding.shard(jnp.where(made_one_B, token_B, NOTHING), None)
-    return Progress(cache, token_B, made_B, live_B), Made(shown_B, live_B.any())
-
-
-def _next_tokens(logits_BV, rows: Rows, made_B) -> jax.Array:
-    """Each device samples its own rows, over the whole vocabulary."""
-
-    def local(logits_BV, seed_B, made_B, parameters):
-        return sample(row_keys(seed_B, made_B), logits_BV, parameters)
-
-    batch = sharding.spec("batch")
-    body = jax.shard_map(local, in_specs=batch, out_specs=batch)
-    logits_BV = sharding.shard(logits_BV, "batch", None)
-    return body(logits_BV, rows.seed_B, made_B, rows.parameters)
-
-
-# ---- on the host -------------------------------------------------------------------------------
+    made: Made
+    tasks: dict[int, Task]
+    """By their place in `made`."""
+    parts: dict[int, tuple[int, int, bool]]
+    """Of prompts: (start, count, whether the answer begins), by place."""
 
 
 class Engine:
-    """Answers requests with one model on one mesh.
+    """Answers requests with one model on the mesh that its parameters lie on.
 
-        engine = Engine(model, mesh, eos_id=tokenizer.eos_id)
-        for made in engine.stream([Request((1, 17, 4)), Request((1,))]):
-            ...  # {0: token, 1: token}, as they come
+        engine = Engine(model, tokenizer)
+        for event in engine.stream(engine.request("def main(", max_new_tokens=20)):
+            print(event.text, end="")
+        answers = engine.generate([engine.request("a"), engine.request("b", n=3)])
 
     A request's answer depends on nothing else in its batch, up to the rounding of sums.
     """
 
-    def __init__(self, model: Mixtral, mesh: jax.sharding.Mesh, eos_id: int):
-        """Args: a model whose parameters lie on the mesh, and the id that ends an answer.
+    def __init__(
+        self,
+        model: Mixtral,
+        tokenizer: Tokenizer | None = None,
+        *,
+        eos_id: int | None = None,
+        rows: int | None = None,
+        capacity: int | None = None,
+        part: int = PART,
+        cache_dtype: str | None = None,
+    ):
+        """Args:
+          tokenizer: None for answers without text.
+          eos_id: ends an answer; the tokenizer's by default, and without one nothing does.
+          rows: answers in progress at a time; fewer where memory does not hold their cache, and
+            rounded up to a multiple of the devices that the batch is split over.
+          capacity: most tokens of a prompt and its answer; the model's context by default.
+          part: most tokens of a prompt between two decoding steps; a power of two from 16 on.
+          cache_dtype: of keys and values: int8, or None for what is computed in.
 
         Raises:
           ValueError: if the model drops tokens beyond a capacity: answers would depend on others.
+          InputError: if not one row fits in memory, or a value makes no sense.
         """
         self.config: ModelConfig = model.config
         for name in ("capacity_factor", "receive_factor"):
             value = getattr(self.config, name)
             if value is not None:
                 raise ValueError(f"{name}={value} would drop tokens: sampling wants None")
-        self._mesh = mesh
-        if mesh.devices.flat[0].platform == "cpu":
+        Serving(rows, capacity, part, cache_dtype)  # checks them
+        self.tokenizer = tokenizer
+        self._eos = eos_id if eos_id is not None or tokenizer is None else tokenizer.eos_id
+        context = self.config.max_position_embeddings
+        self.capacity = min(capacity or context, context)
+        self._part, self._places = part, places(self.capacity)
+        self._mesh = model.embedding_VD.get_value().sharding.mesh
+        with jax.set_mesh(self._mesh):
+            dtype = jnp.dtype(cache_dtype or compute_dtype(self.config))
+            self._shards = sharding.batch_shards()
+        size = bytes_of_row(self.config, self._places, dtype)
+        fit = rows_that_fit(size, self._mesh)
+        if fit < self._shards:
+            raise InputError(
+                f"a cache of {self._shards} rows of {self.capacity} tokens takes "
+                f"{self._shards * size / 1e9:.3g} GB, which memory does not hold: use a shorter "
+                "context, or cache_dtype=int8"
+            )
+        self.rows = min(-(-(rows or ROWS) // self._shards) * self._shards, fit)
+        if self._mesh.devices.flat[0].platform == "cpu":
             model = unstacked(model)
-        graphdef, self._params = nnx.split(model)
-        self._prefill, self._decode = programs(graphdef, eos_id)
+        graphdef, params = nnx.split(model)
+        with jax.set_mesh(self._mesh):
+            make = partial(empty, model, self.rows, self._places, dtype)
+            progress = jax.jit(make)()
+        self._placing = Placing(self._mesh, self.rows, self._shards)
+        self._devices = Devices(graphdef, params, progress, self._placing)
+        self._routing = Routing(graphdef, self.config, self._placing)
+        self._rows = [Row() for _ in range(self.rows)]
+        self._lanes: list[Task | None] = [None] * self._shards
+        self._clock, self._busy = 0, False
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[dict[int, int]]:
-        """Answer the requests together; yields, step by step, the token that each row made.
+    # ---- for users -----------------------------------------------------------------------------
 
-        Rows are numbered as in `requests`. One that has ended, by EOS (never shown) or by its
-        max_new_tokens, is missing from then on.
+    def request(self, prompt: str, **options) -> Request:
+        """A request from a text and the fields of Options."""
+        if self.tokenizer is None:
+            raise ValueError("an engine without a tokenizer knows tokens alone: make a Request")
+        ids = (self.tokenizer.bos_id, *self.tokenizer.encode(prompt))
+        return Request(ids, Options(**options))
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        """Answer one request, a token at a time. Stopping early leaves the engine as good as new.
 
         Raises:
-          InputError: at once, for a request that `check_requests` refuses.
+          InputError: at once, if it cannot be answered.
         """
-        check_requests(requests, self.config.vocab_size, self.config.max_position_embeddings)
-        return self._stream(requests)
+        self.check(request)
+        return self.run([request])
 
-    def generate(self, requests: Sequence[Request]) -> list[list[int]]:
-        """The whole answers, without EOS. Raises as `stream` does."""
-        answers: list[list[int]] = [[] for _ in requests]
-        for made in self.stream(requests):
-            for row, token in made.items():
-                answers[row].append(token)
-        return answers
+    def generate(self, requests: Sequence[Request]) -> list[list[Answer]]:
+        """The answers to each request, n of them; one that cannot be answered has `error` set."""
+        answers: list[list[Answer]] = [[] for _ in requests]
+        for event in self.run(requests):
+            if event.answer is not None:
+                answers[event.request].append(event.answer)
+        return [sorted(some, key=lambda answer: answer.index) for some in answers]
 
-    def _stream(self, requests: Sequence[Request]) -> Iterator[dict[int, int]]:
-        """A step begins before the host has read what the one before it made.
+    def check(self, request: Request, name: str = "the prompt") -> None:
+        """Raises: InputError: naming the request, if it cannot be answered."""
+        check_request(request, self.config.vocab_size, self.capacity, name)
 
-        So the devices never wait for the host. Of a batch that EOS ends, one step is in vain.
+    def run(self, requests: Iterable[Request]) -> Iterator[Event]:
+        """Answer requests, which are read as rows become free; gives what is made as it comes.
+
+        The last event of each answer has the whole of it. A request that cannot be answered gives
+        one event, whose answer says why; the others go on.
+
+        Raises:
+          RuntimeError: if it is answering already.
         """
-        tokens_BL, rows, slots = self._place(requests)
-        most = max(r.options.max_new_tokens for r in requests)
-        with jax.set_mesh(self._mesh):  # never around a yield: the mesh is the caller's there
-            progress, made = self._prefill(self._params, tokens_BL, rows, slots=slots)
-        for step in range(1, most + 1):
-            shown = made
-            if step < most:
-                with jax.set_mesh(self._mesh):
-                    progress, made = self._decode(self._params, progress, rows)
-            token_B, any_live = jax.device_get(shown)
-            yield {row: int(t) for row, t in enumerate(token_B) if t != NOTHING}
-            if not any_live:
+        if self._busy:
+            raise RuntimeError("the engine is answering already: give it all requests together")
+        self._busy = True
+        try:
+            yield from self._run(iter(requests))
+        finally:
+            self._busy = False
+            for row in self._rows:
+                row.task = None
+            self._lanes = [None] * self._shards
+
+    def experts(self, tokens: Sequence[int], layer: int) -> np.ndarray:
+        """ids [tokens, k] of the experts of a layer (from 0) that each token of a text goes to.
+
+        Raises:
+          InputError: if there is no such layer.
+        """
+        return self._routing(self._devices.params, tokens, layer)
+
+    def warm_up(self, score: bool = False) -> None:
+        """Compile every shape that serving may need, those of scored prompts too if asked to."""
+        length = LEAST_PART
+        while length <= min(self._part, self._places):
+            for scored in {False, score}:
+                self._devices.extend(self._asked(), {}, length, scored)
+            length *= 2
+        self._devices.decode(self._asked(), ())
+        self._devices.copy(0, 0)
+        self._devices.mark({})
+
+    def compiled(self) -> int:
+        """How many programs have been compiled so far."""
+        return self._devices.compiled
+
+    # ---- turns ---------------------------------------------------------------------------------
+
+    def _run(self, requests: Iterator[Request]) -> Iterator[Event]:
+        if not self._devices.compiled:  # decoding compiles while the first part of a prompt does
+            self._devices.begin_decoding(self._asked())
+        waiting: deque[Task] = deque()
+        ahead: deque[list[Turn]] = deque()
+        number, more = 0, True
+        while True:
+            while more and len(waiting) < self.rows:
+                request = next(requests, None)
+                if request is None:
+                    more = False
+                    break
+                try:
+                    self.check(request, f"prompt {number + 1}")
+                except InputError as error:
+                    yield Event.refused(number, request, str(error))
+                else:
+                    waiting.extend(self._tasks(number, request))
+                number += 1
+            turns = self._turns(waiting)
+            if turns:
+                ahead.append(turns)
+            if len(ahead) > 1 or (ahead and not turns):
+                for turn in ahead.popleft():
+                    yield from self._read(turn)
+            elif not turns and not waiting and not more:
                 return
 
-    def _place(self, requests: Sequence[Request]) -> tuple[jax.Array, Rows, int]:
-        """The batch on the mesh, and the slots of its cache."""
-        context = self.config.max_position_embeddings
-        length = bucket(max(len(r.tokens) for r in requests), context)
-        most = bucket(max(r.options.max_new_tokens for r in requests), context)
-        with jax.set_mesh(self._mesh):
-            shards, batch = sharding.batch_shards(), sharding.spec("batch")
-        dead = -len(requests) % shards
-        tokens_BL = np.zeros((len(requests) + dead, length), np.int32)
-        for row, request in enumerate(requests):
-            tokens_BL[row, : len(request.tokens)] = request.tokens
+    def _tasks(self, number: int, request: Request) -> list[Task]:
+        return [
+            Task.begin(number, index, request, self.tokenizer, self._eos)
+            for index in range(request.options.n)
+        ]
 
-        def column(dtype: type, values: Iterator[float]) -> np.ndarray:
-            return np.array([*values, *[0] * dead], dtype)
+    def _turns(self, waiting: deque[Task]) -> list[Turn]:
+        """Parts of prompts, up to `part` tokens a device, and one decoding step."""
+        turns, budget = [], self._part
+        while budget > 0:
+            for shard in range(self._shards):
+                if self._lanes[shard] is None and waiting:
+                    self._admit(shard, waiting)
+            lanes = {shard: task for shard, task in enumerate(self._lanes) if task is not None}
+            if not lanes:
+                break
+            turn, length = self._next_parts(lanes)
+            turns.append(turn)
+            budget -= length
+        if alive := {i: row.task for i, row in enumerate(self._rows) if _decodes(row.task)}:
+            for place, task in alive.items():
+                task.asked += 1
+                if not _decodes(task):  # its last token: the row is free for the next request
+                    self._rows[place].task = None
+            turns.append(Turn(self._devices.decode(self._asked(), alive), alive, {}))
+        return turns
 
-        options = [r.options for r in requests]
-        rows = Rows(
-            column(np.int32, (len(r.tokens) for r in requests)),
-            column(np.int32, (o.max_new_tokens for o in options)),
-            column(np.uint32, (o.seed for o in options)),
-            Parameters(
-                column(np.float32, (o.temperature for o in options)),
-                column(np.int32, (o.top_k for o in options)),
-                column(np.float32, (o.top_p for o in options)),
-                min_p_B=np.zeros(len(tokens_BL), np.float32),
-                repetition_B=np.ones(len(tokens_BL), np.float32),
-                presence_B=np.zeros(len(tokens_BL), np.float32),
-                frequency_B=np.zeros(len(tokens_BL), np.float32),
-            ),
-        )
-        placed = jax.device_put((tokens_BL, rows), NamedSharding(self._mesh, batch))
-        return *placed, min(length + most, context)
+    def _admit(self, shard: int, waiting: deque[Task]) -> None:
+        """Give the next request a free row of the shard, if there is one, and what it can use."""
+        free = [i for i in self._placing.rows_of(shard) if self._rows[i].task is None]
+        if not free:
+            return
+        task = waiting.popleft()
+        prefix = task.prompt[:-1] if task.options.prompt_logprobs is None else ()
+        own, done, source = choose(self._rows, free, prefix)
+        if source is not None:
+            self._devices.copy(source, own)
+        self._clock += 1
+        row = self._rows[own]
+        row.task = row.asks = task
+        row.used, row.written = self._clock, list(task.prompt[:done])
+        task.row, task.done, task.cached = own, done, done
+        self._lanes[shard] = task
+        if task.marks or row.marked:
+            self._devices.mark({shard: task})
+            row.marked = task.marks
+
+    def _asked(self) -> list[Task | None]:
+        """By row, the task that it has or had last."""
+        return [row.asks for row in self._rows]
+
+    def _next_parts(self, lanes: dict[int, Task]) -> tuple[Turn, int]:
+        """Run the next part of each device's prompt, all of one length."""
+        wanted = max(len(task.prompt) - task.done for task in lanes.values())
+        room = min(self._places - task.done for task in lanes.values())
+        length = length_of(min(wanted, self._part), room)
+        score = any(task.options.prompt_logprobs is not None for task in lanes.values())
+        parts = {}
+        for shard, task in lanes.items():
+            start, count = task.done, min(length, len(task.prompt) - task.done)
+            task.done += count
+            ends = task.done == len(task.prompt)
+            answers = ends and task.options.max_new_tokens > 0
+            parts[shard] = (start, count, answers)
+            self._rows[task.row].written += task.prompt[start : task.done]
+            if ends:
+                self._lanes[shard], task.asked = None, int(answers)
+                if not _decodes(task):
+                    self._rows[task.row].task = None
+        given = {shard: (task, *parts[shard]) for shard, task in lanes.items()}
+        made = self._devices.extend(self._asked(), given, length, score)
+        return Turn(made, dict(lanes), parts), length
+
+    def _read(self, turn: Turn) -> Iterator[Event]:
+        """What a turn made, for its tasks."""
+        made, options = turn.made, [task.options for task in turn.tasks.values()]
+        if all(o.logprobs is None for o in options):
+            made = made._replace(logprobs=None)
+        if all(o.prompt_logprobs is None for o in options):
+            made = made._replace(prompt=None)
+        made = jax.device_get(made)
+        for place, task in turn.tasks.items():
+            if task.answer is not None:  # it had ended before: a step in vain
+                continue
+            if place in turn.parts:
+                start, count, answers = turn.parts[place]
+                if task.options.prompt_logprobs is not None:
+                    task.scored(_at(made.prompt, place), start, count)
+                if not answers:
+                    if start + count == len(task.prompt):
+                        yield task.end("length", None)
+                    continue
+            wanted = task.options.logprobs is not None
+            found = _at(made.logprobs, place) if wanted else None
+            event = task.push(int(made.token_B[place]), found)
+            row = self._rows[task.row]
+            if row.asks is task:
+                row.written = [*task.prompt, *task.tokens[:-1]]
+                if task.answer is not None:
+                    row.task = None
+            yield event
+
+
+def _decodes(task: Task | None) -> bool:
+    """Whether a task has its prompt behind it, and tokens left to ask for."""
+    return task is not None and 0 < task.asked < task.options.max_new_tokens
+
+
+def _at(arrays, place: int):
+    return jax.tree.map(lambda array: array[place], arrays)

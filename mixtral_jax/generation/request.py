@@ -214,6 +214,8 @@ class Request:
     tokens: tuple[int, ...]
     """The prompt's ids, with the begin-of-text token in front."""
     options: Options = field(default_factory=Options)
+    goes_on: bool = True
+    """Whether the answer's text goes on from the prompt's, or begins anew, as in a chat."""
 
 
 def check_requests(requests: Sequence[Request], vocabulary: int, context: int) -> None:
@@ -261,6 +263,34 @@ def check_request(request: Request, vocabulary: int, context: int, name: str) ->
             f"{name} has {length} tokens, BOS included, and with "
             f"max_new_tokens={wanted} goes beyond the model's context of {context}: {fix}"
         )
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How an engine serves: what its memory and its compiled programs depend on."""
+
+    rows: int | None = None
+    """Most answers in progress at a time; None is the requests', up to what the engine likes."""
+    context: int | None = None
+    """Most tokens of a prompt and its answer; None is what the requests need."""
+    part: int = 256
+    """Most tokens of a prompt that are run between two decoding steps; a power of two."""
+    cache_dtype: str | None = None
+    """int8 halves the cache of bfloat16; None is what is computed in."""
+    weights: str | None = None
+    """int8 halves the matrices of bfloat16, while they are read; None is the checkpoint's type."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "context"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value} must be at least 1")
+        if self.part < 16 or self.part & (self.part - 1):
+            raise InputError(f"part={self.part} must be a power of two, 16 or more")
+        for name in ("cache_dtype", "weights"):
+            value = getattr(self, name)
+            if value not in (None, "int8"):
+                raise InputError(f"{name}={value!r} must be int8, or left out")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mixtral_jax import sharding
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels import attention as kernels
-from mixtral_jax.model.cache import LayerCache
+from mixtral_jax.model.cache import Step
 from mixtral_jax.model.int8 import Int8, columns, out_of_heads
 from mixtral_jax.model.layers import matrix, rotary_angles, rotate
 
@@ -41,13 +41,14 @@ class Attention(nnx.Module):
         x_BLD: jax.Array,
         positions_BL: jax.Array,
         segments_BL: jax.Array,
-        cache: LayerCache | None = None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """Attend within each segment, or, given a cache, to all that it holds up to each position.
+        step: Step | None = None,
+    ) -> tuple[jax.Array, Step | None]:
+        """Attend within each segment, or, given a step with a cache, to all that it holds up to
+        each position, keys and values of this batch included.
 
-        With a cache, each row's positions are consecutive; keys and values are written there.
+        With a cache, each row's positions are consecutive.
         """
-        dtype, config = x_BLD.dtype, self.config
+        config = self.config
         angles = rotary_angles(positions_BL, config.head_size, config.rope_theta)
         q_BLKGH = rotate(_into_heads(x_BLD, self.wq_DKGH), angles)
         k_BLKH = rotate(_into_heads(x_BLD, self.wk_DKH), angles)
@@ -55,16 +56,12 @@ class Attention(nnx.Module):
         q_BLKGH, k_BLKH, v_BLKH = (
             checkpoint_name(a, "attention_qkv") for a in (q_BLKGH, k_BLKH, v_BLKH)
         )
-        if cache is None:
+        if step is None:
             out_BLKGH = self._within(q_BLKGH, k_BLKH, v_BLKH, positions_BL, segments_BL)
         else:
-            cache = cache.write(k_BLKH, v_BLKH, positions_BL[:, 0])
-            k_BLKH, v_BLKH = cache.k_BSKH.astype(dtype), cache.v_BSKH.astype(dtype)
-            slots_1S = jnp.arange(k_BLKH.shape[1], dtype=jnp.int32)[None]
-            allowed_BLS = kernels.causal_mask(positions_BL, slots_1S)
-            out_BLKGH = kernels.attention(q_BLKGH, k_BLKH, v_BLKH, allowed_BLS)
+            out_BLKGH, step = step.attend(q_BLKGH, k_BLKH, v_BLKH)
         out_BLD = _out_of_heads(out_BLKGH, self.wo_KGHD)
-        return checkpoint_name(out_BLD, "attention_out"), cache
+        return checkpoint_name(out_BLD, "attention_out"), step
 
     def _within(self, q_BLKGH, k_BLKH, v_BLKH, positions_BL, segments_BL):
         """Attention of the sequences to themselves; kernels see what lies on one device."""

@@ -1,7 +1,8 @@
-"""The key-value cache: a pytree of arrays, sharded like the activations."""
+"""The key-value cache of sampling: a pytree of arrays, sharded like the activations."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,44 +10,105 @@ import jax.numpy as jnp
 
 from mixtral_jax import sharding
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.kernels import cached_attention as kernel
+from mixtral_jax.kernels.cached_attention import Cached
+
+ROUND = 16
+"""A cache has a multiple of this many places: what a part of a prompt may fill, at the least."""
 
 
-class LayerCache(NamedTuple):
-    """Keys and values by position: slot s of a row holds the token at position s.
+class Step(NamedTuple):
+    """A cache, and what one forward pass does with it."""
 
-    Slots past a row's length hold anything: no query sees a key after its own position, and the
-    token that comes to a position overwrites the slot first. A leading layer dimension may be
-    stacked in front.
+    cache: Cached
+    """Of one layer, or of all with a layer dimension in front."""
+    layer: jax.Array | None
+    """Which layer; None where the cache is of one."""
+    row_X: jax.Array | None
+    """Rows of the cache, one on each of the devices that it is split over, counted on the device:
+    those that the batch is about. None: the batch is all rows."""
+    positions_BL: jax.Array
+    real_BL: jax.Array
+
+    def attend(self, q_BLKGH, k_BLKH, v_BLKH) -> tuple[jax.Array, Step]:
+        """Write the keys and values, and attend to all that the cache holds up to each position.
+
+        Nothing is written, or read by others, of what is not real.
+        """
+        return _attend(q_BLKGH, k_BLKH, v_BLKH, self)
+
+
+def _attend(q_BLKGH, k_BLKH, v_BLKH, step: Step):
+    rows, heads = sharding.spec("batch"), sharding.spec("batch", None, "heads")
+    cached = jax.tree.map(lambda a: spec_of(step.layer is not None), step.cache)
+    nothing = sharding.spec()
+    inputs = (step.cache, step.layer, step.row_X, step.positions_BL, step.real_BL)
+    specs = Step(
+        cached,
+        None if step.layer is None else nothing,
+        None if step.row_X is None else rows,
+        rows,
+        rows,
+    )
+
+    def body(q_BLKGH, k_BLKH, v_BLKH, cache, layer, row_X, positions_BL, real_BL):
+        where = kernel.Where(layer, None if row_X is None else row_X[0])
+        cache = kernel.write(cache, k_BLKH, v_BLKH, positions_BL, real_BL, where)
+        return kernel.attention(q_BLKGH, cache, positions_BL, where), cache
+
+    run = jax.shard_map(
+        body,
+        in_specs=(heads, heads, heads, *specs),
+        out_specs=(heads, cached),
+        check_vma=False,
+    )
+    out_BLKGH, cache = run(q_BLKGH, k_BLKH, v_BLKH, *inputs)
+    return out_BLKGH, step._replace(cache=cache)
+
+
+def spec_of(stacked: bool) -> jax.sharding.PartitionSpec:
+    """How each array of a cache is split: its rows as the batch, its heads as the model's."""
+    return sharding.spec(*(["layers"] if stacked else []), "batch", "heads")
+
+
+def places(capacity: int) -> int:
+    """Places of a row that holds that many tokens, whatever parts its prompt comes in."""
+    block = kernel.BLOCK
+    least = -(-(capacity + ROUND) // ROUND) * ROUND
+    return least if least <= block else -(-least // block) * block
+
+
+def make_cache(
+    config: ModelConfig, batch: int, places: int, dtype: jnp.dtype, stacked: bool = True
+) -> Cached | tuple[Cached, ...]:
+    """An empty cache of all layers, for `batch` sequences of up to `places` tokens.
+
+    Bytes: 2 * layers * batch * places * kv heads * (head width * the size of dtype), and in int8
+    4 more for each head's scale.
+
+    Args:
+      stacked: all layers in one array, or each in one of its own.
     """
-
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
-
-    def write(self, k_BLKH: jax.Array, v_BLKH: jax.Array, start_B: jax.Array) -> LayerCache:
-        """The cache with row b's L new tokens in slots start[b] .. start[b] + L."""
-        cached = sharding.spec("batch", None, "heads", None)
-        start_B = sharding.shard(start_B, "batch")  # a slice of one row may have lost its sharding
-
-        def put(cache_BSKH, new_BLKH, start_B):
-            return jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))(
-                cache_BSKH, new_BLKH.astype(cache_BSKH.dtype), start_B, 0
-            )
-
-        put = jax.shard_map(
-            put, in_specs=(cached, cached, sharding.spec("batch")), out_specs=cached
-        )
-        return LayerCache(put(self.k_BSKH, k_BLKH, start_B), put(self.v_BSKH, v_BLKH, start_B))
+    if not stacked:
+        one = partial(_arrays, (batch,), config, places, dtype, False)
+        return tuple(one() for _ in range(config.num_hidden_layers))
+    return _arrays((config.num_hidden_layers, batch), config, places, dtype, True)
 
 
-def make_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> LayerCache:
-    """An empty cache of all layers, for `batch` sequences of up to `slots` tokens.
+def _arrays(front: tuple[int, ...], config: ModelConfig, places: int, dtype, stacked) -> Cached:
+    shape = (*front, config.num_key_value_heads, places)
 
-    Bytes: 2 * layers * batch * slots * kv heads * head width * the size of dtype.
-    """
-    shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_size)
-    spec = sharding.spec("layers", "batch", None, "heads", None)
+    def zeros(*shape, dtype):
+        return jnp.zeros(shape, dtype, out_sharding=spec_of(stacked))
 
-    def zeros():
-        return jnp.zeros(shape, dtype, out_sharding=spec)
+    k, v = (zeros(*shape, config.head_size, dtype=dtype) for _ in range(2))
+    if jnp.dtype(dtype) != jnp.int8:
+        return Cached(k, v)
+    return Cached(k, v, *(zeros(*shape, dtype=jnp.float32) for _ in range(2)))
 
-    return LayerCache(zeros(), zeros())
+
+def bytes_of_row(config: ModelConfig, places: int, dtype: jnp.dtype) -> int:
+    """Of one sequence, on all devices together."""
+    item = jnp.dtype(dtype).itemsize
+    width = config.head_size * item + (4 if jnp.dtype(dtype) == jnp.int8 else 0)
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * places * width

@@ -14,7 +14,7 @@ from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.kernels import chunks, cudnn, platform, splash
 from mixtral_jax.kernels.attention import resolve
 from mixtral_jax.model.attention import Attention
-from mixtral_jax.model.cache import LayerCache, make_cache
+from mixtral_jax.model.cache import Cached, Step, make_cache
 from mixtral_jax.model.int8 import Int8, columns
 from mixtral_jax.model.layers import RMSNorm, logits_of, logits_of_transposed, matrix
 from mixtral_jax.model.moe import MoE, exchange_of, grouped_matmul_of
@@ -50,7 +50,7 @@ class Forward(NamedTuple):
     """float32."""
     statistics: RoutingStatistics
     """Of every layer: a layer dimension in front."""
-    cache: LayerCache | tuple[LayerCache, ...] | None
+    cache: Cached | tuple[Cached, ...] | None
     """Of all layers: stacked as they are, or one after another."""
 
 
@@ -65,15 +65,20 @@ class Block(nnx.Module):
         self.moe_norm = norm()
         self.moe = MoE(config, moe_key)
 
-    def __call__(self, x_BLD, positions_BL, segments_BL, cache: LayerCache | None):
+    def __call__(self, x_BLD, positions_BL, segments_BL, step: Step | None):
         with jax.named_scope("attention"):
-            out_BLD, cache = self.attention(
-                self.attention_norm(x_BLD), positions_BL, segments_BL, cache
+            out_BLD, step = self.attention(
+                self.attention_norm(x_BLD), positions_BL, segments_BL, step
             )
             x_BLD = x_BLD + out_BLD
         with jax.named_scope("moe"):
             out_BLD, statistics = self.moe(self.moe_norm(x_BLD), segments_BL > 0)
-        return x_BLD + out_BLD, statistics, cache
+        return x_BLD + out_BLD, statistics, step
+
+    def chosen_experts(self, x_BLD, positions_BL, segments_BL) -> jax.Array:
+        """ids_BLC, of the experts that __call__ would send each token to."""
+        out_BLD, _ = self.attention(self.attention_norm(x_BLD), positions_BL, segments_BL)
+        return self.moe.chosen(self.moe_norm(x_BLD + out_BLD), segments_BL > 0)
 
 
 def _stacked_blocks(config: ModelConfig, key: jax.Array) -> Block:
@@ -131,8 +136,9 @@ class Mixtral(nnx.Module):
         tokens_BL: jax.Array,
         positions_BL: jax.Array | None = None,
         segments_BL: jax.Array | None = None,
-        cache: LayerCache | tuple[LayerCache, ...] | None = None,
+        cache: Cached | tuple[Cached, ...] | None = None,
         logits_at_B: jax.Array | None = None,
+        row_X: jax.Array | None = None,
     ) -> Forward:
         """One pass.
 
@@ -141,15 +147,20 @@ class Mixtral(nnx.Module):
           positions_BL: place of each token in its document; default 0, 1, 2, ...
           segments_BL: number of each token's document, from 1; 0 is padding. Attention stays
             within a document. Default: one document a row.
-          cache: keys and values so far, written to at positions_BL; from `empty_cache`.
+          cache: keys and values so far, written to at positions_BL where segments_BL are not 0;
+            from `empty_cache`. Then attention goes to all that a row holds up to each position.
           logits_at_B: if given, compute logits only at this index of each row (L becomes 1).
+          row_X: if given, the batch is one row for each device that it is split over, about that
+            row of the cache, counted on the device.
         """
         if positions_BL is None:
             positions_BL = jnp.zeros_like(tokens_BL) + jnp.arange(tokens_BL.shape[1])[None]
         if segments_BL is None:
             segments_BL = jnp.ones_like(tokens_BL)
         x_BLD = self._embed(tokens_BL)
-        x_BLD, statistics, cache = self._run_layers(x_BLD, positions_BL, segments_BL, cache)
+        step = Step(cache, None, row_X, positions_BL, segments_BL > 0)
+        run = self._run_layers if isinstance(self.layers, Block) else self._run_list
+        x_BLD, statistics, cache = run(x_BLD, positions_BL, segments_BL, step)
         if logits_at_B is not None:
             here_BL = jnp.arange(x_BLD.shape[1])[None] == logits_at_B[:, None]
             x_BLD = jnp.einsum("BL,BLD->BD", here_BL.astype(x_BLD.dtype), x_BLD)[:, None]
@@ -157,12 +168,33 @@ class Mixtral(nnx.Module):
             logits_BLV = self._logits(self.norm(x_BLD))
         return Forward(logits_BLV, statistics, cache)
 
-    def empty_cache(self, batch: int, slots: int) -> LayerCache | tuple[LayerCache, ...]:
-        """A cache for `batch` sequences of up to `slots` tokens, as `forward` wants it."""
-        cache = make_cache(self.config, batch, slots, compute_dtype(self.config))
-        if isinstance(self.layers, Block):
-            return cache
-        return tuple(jax.tree.map(lambda a, i=i: a[i], cache) for i in range(len(self.layers)))
+    def empty_cache(
+        self, batch: int, places: int, dtype: jnp.dtype | None = None
+    ) -> Cached | tuple[Cached, ...]:
+        """A cache for `batch` sequences of up to `places` tokens, as `forward` wants it.
+
+        Args:
+          dtype: what is computed in, by default; or int8, with a scale for each key and value.
+        """
+        stacked = isinstance(self.layers, Block)
+        return make_cache(self.config, batch, places, dtype or compute_dtype(self.config), stacked)
+
+    def chosen_experts(self, tokens_BL, segments_BL, layer: int) -> jax.Array:
+        """ids_BLC of the experts of one layer (from 0) that each token goes to, best first.
+
+        Args: as for `forward`, one document a row.
+        """
+        positions_BL = jnp.zeros_like(tokens_BL) + jnp.arange(tokens_BL.shape[1])[None]
+        x_BLD = self._embed(tokens_BL)
+        for number in range(layer):
+            x_BLD, _, _ = self._layer(number)(x_BLD, positions_BL, segments_BL, None)
+        return self._layer(layer).chosen_experts(x_BLD, positions_BL, segments_BL)
+
+    def _layer(self, number: int) -> Block:
+        if not isinstance(self.layers, Block):
+            return self.layers[number]
+        graphdef, stacked = nnx.split(self.layers)
+        return nnx.merge(graphdef, jax.tree.map(lambda a: a[number], stacked))
 
     def _embed(self, tokens_BL):
         dtype = compute_dtype(self.config)
@@ -178,38 +210,47 @@ class Mixtral(nnx.Module):
         head_DV = sharding.shard(self.head_DV[...].astype(x_BLD.dtype), None, "vocabulary")
         return logits_of(x_BLD, head_DV)
 
-    def _run_layers(self, x_BLD, positions_BL, segments_BL, cache):
-        if not isinstance(self.layers, Block):
-            return self._run_list(x_BLD, positions_BL, segments_BL, cache)
+    def _run_layers(self, x_BLD, positions_BL, segments_BL, step: Step):
+        """The layers as a scan, which hands the cache on and so writes to it where it lies."""
         graphdef, stacked = nnx.split(self.layers)
+        cached = step.cache is not None
 
-        def one_layer(x_BLD, layer):
-            state, layer_cache = layer
+        def one_layer(carry, layer):
+            x_BLD, cache = carry
+            state, number = layer
+            here = step._replace(cache=cache, layer=number) if cached else None
             block = nnx.merge(graphdef, state)
-            x_BLD, statistics, layer_cache = block(x_BLD, positions_BL, segments_BL, layer_cache)
-            return x_BLD, (statistics, layer_cache)
+            x_BLD, statistics, here = block(x_BLD, positions_BL, segments_BL, here)
+            return (x_BLD, here.cache if cached else None), statistics
 
         if self.config.remat != "none":
             one_layer = jax.checkpoint(
                 one_layer, policy=REMAT[self.config.remat], prevent_cse=not self.config.scan_layers
             )
-        unroll = 1 if self.config.scan_layers else self.config.num_hidden_layers
-        x_BLD, (statistics, cache) = jax.lax.scan(one_layer, x_BLD, (stacked, cache), unroll=unroll)
+        layers = self.config.num_hidden_layers
+        unroll = 1 if self.config.scan_layers else layers
+        numbers = jnp.arange(layers) if cached else None
+        (x_BLD, cache), statistics = jax.lax.scan(
+            one_layer, (x_BLD, step.cache), (stacked, numbers), unroll=unroll
+        )
         return x_BLD, statistics, cache
 
-    def _run_list(self, x_BLD, positions_BL, segments_BL, cache):
+    def _run_list(self, x_BLD, positions_BL, segments_BL, step: Step):
         graphdef, _ = nnx.split(self.layers[0])
 
         @jax.jit  # so that all layers are traced as one
-        def one_layer(state, x_BLD, layer_cache):
-            return nnx.merge(graphdef, state)(x_BLD, positions_BL, segments_BL, layer_cache)
+        def one_layer(state, x_BLD, cache):
+            here = None if cache is None else step._replace(cache=cache)
+            block = nnx.merge(graphdef, state)
+            x_BLD, statistics, here = block(x_BLD, positions_BL, segments_BL, here)
+            return x_BLD, statistics, None if here is None else here.cache
 
-        cache = [None] * len(self.layers) if cache is None else cache
+        caches = [None] * len(self.layers) if step.cache is None else step.cache
         statistics, written = [], []
-        for block, layer_cache in zip(self.layers, cache, strict=True):
-            x_BLD, sums, layer_cache = one_layer(nnx.state(block), x_BLD, layer_cache)
+        for block, cache in zip(self.layers, caches, strict=True):
+            x_BLD, sums, cache = one_layer(nnx.state(block), x_BLD, cache)
             statistics.append(sums)
-            written.append(layer_cache)
+            written.append(cache)
         return x_BLD, jax.tree.map(lambda *sums: jnp.stack(sums), *statistics), tuple(written)
 
 

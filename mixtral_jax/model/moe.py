@@ -162,6 +162,20 @@ class MoE(nnx.Module):
         router_DE = sharding.shard(self.router_DE[...], None, None)
         return body(x_BLD, real_BL, router_DE, *weights)
 
+    def chosen(self, x_BLD: jax.Array, real_BL: jax.Array) -> jax.Array:
+        """ids_BLC of the experts that each token chooses, best first; E where it is padding."""
+
+        def body(x_BLD, real_BL, router_DE):
+            x_TD, real_T = x_BLD.reshape(-1, x_BLD.shape[-1]), real_BL.reshape(-1)
+            routing = route(x_TD, router_DE, real_T, self.config.num_experts_per_tok)
+            return routing.ids_TC.reshape(*real_BL.shape, -1)
+
+        batch = sharding.spec("batch")
+        router_DE = sharding.shard(self.router_DE[...], None, None)
+        specs = (batch, batch, sharding.spec(None, None))
+        run = jax.shard_map(body, in_specs=specs, out_specs=batch)
+        return run(x_BLD, real_BL, router_DE)
+
 
 def _sparse_experts(
     x_BLD, real_BL, router_DE, gate_edf, up_edf, down_efd, *, config, exchange, grouped

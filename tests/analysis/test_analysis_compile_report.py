@@ -40,6 +40,7 @@ def config_file(tmp_path):
 # ---- real compilations -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @compiles
 def test_the_report_of_three_layers_is_that_of_the_unrolled_program(
     libtpu, optimized, config_file, tmp_path, capsys

@@ -133,6 +133,7 @@ def test_peers(command, tiny):
     assert line["peak_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_scaling_of_steps(command, tiny):
     lines = command("scaling", "steps", "--config", tiny, "--devices", "2", "--turns", "1")
     assert [line["devices"] for line in lines] == [2]
@@ -151,6 +152,7 @@ def test_scaling_of_bytes(command):
         assert line["rows_in_use_bytes"] == 4 * tokens * 3 / 2 * 16 * 4
 
 
+@pytest.mark.slow
 def test_load(command, tmp_path):
     lines = command("load", "--gigabytes", "0.001", "--repeats", "1", "--folder", str(tmp_path))
     assert [line["task"] for line in lines] == ["read", "load", "convert"]

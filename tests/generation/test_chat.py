@@ -1,5 +1,6 @@
 """generate.py --chat: prompts as messages, and conversations."""
 
+import dataclasses
 import io
 import os
 import re
@@ -16,8 +17,11 @@ from mixtral_jax.config import InputError
 from mixtral_jax.data.chat import encode_chat
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.generation import chat as command
+from mixtral_jax.generation import command as answering
+from mixtral_jax.generation.answering import Task
 from mixtral_jax.generation.engine import Engine
-from mixtral_jax.generation.request import Deployment, Options, Request
+from mixtral_jax.generation.prompts import Asked
+from mixtral_jax.generation.request import Deployment, Options, Request, Serving
 from mixtral_jax.interop.models import open_checkpoint
 
 OPTIONS = Options(7, temperature=0.0)
@@ -51,12 +55,13 @@ def checkpoint(request):
     folder = request.getfixturevalue({"v1": "run", "v3": "v3_run"}[request.param])
     found, mesh = open_checkpoint(folder), sharding.make_mesh()
     config = command.command.model_config(found.config, Deployment())
-    engine = Engine(found.load(config, mesh), mesh, found.tokenizer.eos_id)
+    engine = Engine(found.load(config, mesh), found.tokenizer)
     assert found.tokenizer.version == request.param
 
     def ask(*messages):
         ids = encode_chat(found.tokenizer, messages)
-        return found.tokenizer.decode(engine.generate([Request(tuple(ids), OPTIONS)])[0])
+        ((answer,),) = engine.generate([Request(tuple(ids), OPTIONS, goes_on=False)])
+        return answer.text
 
     return str(folder), ask
 
@@ -134,11 +139,14 @@ def test_a_conversation_needs_one_process(run, refused, monkeypatch):
 def test_arguments_reach_the_command(monkeypatch):
     got = []
     monkeypatch.setattr(command, "run", lambda *arguments: got.append(arguments))
+    monkeypatch.setattr(answering, "run", lambda *arguments: got.append(arguments) or 0)
     here = ["--checkpoint", "here", "--chat"]
     assert generate.main(here) == 0
     assert generate.main([*here, "--system", SYSTEM, "--prompt", ""]) == 0
-    assert got[0] == ("here", None, "", Options(), Deployment())
-    assert got[1] == ("here", [""], SYSTEM, Options(), Deployment())
+    assert got[0] == ("here", "", Options(), Deployment(), Serving())
+    asked = [Asked("prompt 1", "", None, Options(), None, 1)]
+    style = answering.Style(chat=True, system=SYSTEM)
+    assert got[1] == ("here", asked, style, Deployment(), Serving())
 
 
 # ---- conversations with an engine that says what it is told --------------------------------------
@@ -147,25 +155,30 @@ def test_arguments_reach_the_command(monkeypatch):
 class Scripted:
     """An engine whose answers are given; a callable among the tokens is called in its place."""
 
-    def __init__(self, *answers):
+    def __init__(self, tokenizer, *answers):
         self.answers = list(answers)
+        self.tokenizer = tokenizer
         self.requests = []
 
-    def stream(self, requests):
-        self.requests += requests
-        return self._steps(self.answers.pop(0))
+    def stream(self, request):
+        self.requests.append(request)
+        return self._events(request, self.answers.pop(0))
 
-    def _steps(self, tokens):
+    def _events(self, request, tokens):
+        request = dataclasses.replace(request, options=Options(99))
+        task = Task.begin(0, 0, request, self.tokenizer, self.tokenizer.eos_id)
         for token in tokens:
             if callable(token):
                 token()
             else:
-                yield {0: token}
-        yield {}
+                yield task.push(token, None)
+        if task.answer is None:
+            yield task.end("stop", None)
 
 
 def conversation(tokenizer, *answers, system="", context=MODEL.max_position_embeddings):
-    return command.Chat(Scripted(*answers), tokenizer, system, OPTIONS, context)
+    engine = Scripted(tokenizer, *answers)
+    return command.Chat(engine, tokenizer, system, OPTIONS, context)
 
 
 def asked(chat):
@@ -253,6 +266,35 @@ def test_what_cannot_be_answered_leaves_the_history_alone_on_a_terminal(v3, caps
     assert chat.messages == [user("c"), assistant("C")]
     assert err.startswith(command.HELP)
     assert err.count("> ") == 9  # a marker before each line, and before the end
+
+
+def test_a_message_may_have_several_lines(v3):
+    chat = conversation(v3, v3.encode("A"), v3.encode("B"), v3.encode("C"))
+    converse(chat, 'a\n"""b\n\nc"""\n"""\n d\ne\n"""\n')
+    said = [message["content"] for message in chat.messages if message["role"] == "user"]
+    assert said == ["a", "b\n\nc", " d\ne"]
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        (b'"""a\nb\n', 'line 2: the message has no closing """'),
+        (b'"""a\n\xff\n"""\n', "line 2 of standard input is not UTF-8"),
+    ],
+)
+def test_a_message_of_several_lines_that_is_none(v3, text, wrong):
+    chat = conversation(v3)
+    with pytest.raises(InputError, match=wrong):
+        converse(chat, text)
+    assert chat.messages == []
+
+
+def test_a_conversation_begins_anew_with_another_system_prompt(v3, capsys):
+    chat = conversation(v3, v3.encode("A"), v3.encode("B"), v3.encode("C"), system=SYSTEM)
+    converse(chat, "a\n/system  Be long.\nb\n/new\nc\n")
+    assert asked(chat)[1] == encode_chat(v3, [command.message("system", "Be long."), user("b")])
+    assert asked(chat)[2] == encode_chat(v3, [command.message("system", "Be long."), user("c")])
+    assert "a new conversation, with a new system prompt\n" in capsys.readouterr().err
 
 
 def test_what_cannot_be_answered_ends_a_conversation_from_a_pipe(v3, capsys):

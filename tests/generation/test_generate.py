@@ -1,6 +1,8 @@
 """generate.py on a small checkpoint: what it prints, and what it refuses."""
 
 import dataclasses
+import io
+import json
 import os
 import pathlib
 import re
@@ -13,9 +15,12 @@ from tiny import MODEL
 import generate
 from mixtral_jax import sharding
 from mixtral_jax.config import MeshConfig
-from mixtral_jax.generation import command
+from mixtral_jax.generation import command, output
+from mixtral_jax.generation.answering import Event
 from mixtral_jax.generation.engine import Engine
-from mixtral_jax.generation.request import Deployment, Options, Request
+from mixtral_jax.generation.prompts import Asked
+from mixtral_jax.generation.request import Deployment, Options, Request, Serving
+from mixtral_jax.generation.results import Answer
 from mixtral_jax.interop.own import find
 from mixtral_jax.interop.own_arrays import load_model
 
@@ -30,10 +35,10 @@ def answers(run, tokenizer):
     """What greedy sampling gives for PROMPTS: whole texts decoded, without the prompts."""
     config = dataclasses.replace(MODEL, vocab_size=300)
     mesh = sharding.make_mesh()
-    engine = Engine(load_model(find(run), config, mesh), mesh, tokenizer.eos_id)
+    engine = Engine(load_model(find(run), config, mesh), tokenizer)
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     requests = [Request((tokenizer.bos_id, *ids), ANSWERING) for ids in prompts]
-    made = engine.generate(requests)
+    made = [answer.tokens for (answer,) in engine.generate(requests)]
     assert all(len(answer) == 9 for answer in made)
     whole = [tokenizer.decode(ids + answer) for ids, answer in zip(prompts, made, strict=True)]
     return [text[len(prompt) :] for text, prompt in zip(whole, PROMPTS, strict=True)]
@@ -77,32 +82,143 @@ def test_a_file_of_prompts_gives_each_answer_under_its_prompt(run, answers, main
     assert capsys.readouterr().out == "".join(expected)
 
 
-def test_tokens_are_printed_as_they_come(tokenizer, capsys):
-    ids = tokenizer.encode("first words")
-    prompt = Request((tokenizer.bos_id, *tokenizer.encode("def")))
-    printed = []
+def test_answers_come_in_the_order_of_their_prompts_as_they_are_made(capsys):
+    """The first is shown as it comes; what the second has made waits for its turn."""
+    shown = output.Text([output.Shown("a", 1, False), output.Shown("b", 1, True)])
 
-    def steps():
-        for token in ids:
-            yield {0: token}
-            printed.append(capsys.readouterr().out)
+    def event(request, text, ends=False):
+        answer = Answer("", 1, 0, "", text, [5], "length") if ends else None
+        return Event(request, 0, text, 5, None, answer)
 
-    command.print_answers(steps(), ["def"], [command.decoder_after(tokenizer, prompt)])
-    assert "".join(printed) == " first words"
-    assert all(printed)
-    assert capsys.readouterr().out == "\n"
+    said = []
+    events = [(0, "A"), (1, "x"), (0, "B"), (1, "y", True), (0, "C", True)]
+    for given in events:
+        shown.take(event(*given))
+        said.append(capsys.readouterr().out)
+    assert said == ["> a\nA", "", "B", "", "C\n\n> b\nbxy\n\n"]
+
+
+def test_lines_of_json_are_answered_each_as_it_asks(run, answers, main, capsys, tmp_path):
+    path = tmp_path / "requests.jsonl"
+    lines = [
+        json.dumps({"prompt": PROMPTS[0]}),
+        '{"prompt": "a", "temprature": 1}',
+        json.dumps({"id": "b", "prompt": PROMPTS[3], "n": 2, "echo": True, "logprobs": 1}),
+        json.dumps({"prompt": "#" * 60}),
+        json.dumps({"messages": [{"role": "user", "content": "words"}], "max_new_tokens": 2}),
+        json.dumps({"prompt": PROMPTS[0], "stop": answers[0][3:5]}),
+    ]
+    path.write_text("\n".join(lines))
+    arguments = ["--checkpoint", str(run), *GREEDY, "--prompt-file", str(path)]
+    assert main([*arguments, "--format", "jsonl"]) == 1
+    out, err = capsys.readouterr()
+    made = [json.loads(line) for line in out.splitlines()]
+    assert [one["id"] for one in made] == [1, 2, "b", "b", 4, 5, 6]
+    assert made[0]["text"] == answers[0]
+    assert made[0]["finish_reason"] == "length"
+    assert "line 2: 'temprature' is no key of a request" in made[1]["error"]
+    assert [one["text"] for one in made[2:4]] == [PROMPTS[3] + answers[3]] * 2  # greedy
+    assert [len(one["logprobs"]) for one in made[2:4]] == [9, 9]
+    assert made[4]["error"].startswith("line 4 has 62 tokens")
+    assert len(made[5]["tokens"]) == 2
+    assert made[6]["text"] == answers[0].split(answers[0][3:5])[0]
+    assert made[6]["stop"] == answers[0][3:5]
+    mistakes = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(mistakes) == 2
+    assert mistakes[0] == f"error: {made[1]['error']}"
+
+
+def test_nothing_is_loaded_where_no_line_can_be_answered(run, main, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"nothing\n[]\n")))
+    arguments = ["--checkpoint", str(run), "--prompt-file", "-", "--jsonl", *GREEDY]
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert [line[:30] for line in err.splitlines()] == [
+        "error: standard input line 1: ",
+        "error: standard input line 2: ",
+    ]
+
+
+def test_standard_input_has_a_prompt_a_line(run, answers, main, capsys, monkeypatch):
+    text = f"{PROMPTS[0]}\n{PROMPTS[3]}\n".encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    assert main(["--checkpoint", str(run), "--prompt-file", "-", *GREEDY]) == 0
+    expected = f"> {PROMPTS[0]}\n{answers[0]}\n\n> {PROMPTS[3]}\n{answers[3]}\n\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_int8_weights_and_cache_change_a_texts_perplexity_a_little(run, main, capsys):
+    found = []
+    for more in ([], ["--weights", "int8"], ["--cache-dtype", "int8"]):
+        assert main(["--checkpoint", str(run), "--score", "--prompt", PROMPTS[0], *more]) == 0
+        out, err = capsys.readouterr()
+        found.append(float(out.split()[1]))
+        assert ("parameters in int8 on" in err) == ("--weights" in more)
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=0.02)
+    assert len(set(found)) == 3
+
+
+def test_a_text_is_scored(run, main, capsys):
+    assert main(["--checkpoint", str(run), "--score", "--prompt", PROMPTS[0]]) == 0
+    out = capsys.readouterr().out
+    assert re.fullmatch(r"perplexity \d+\.\d{4} over \d+ tokens of the prompt\n", out)
+
+
+def test_routing_is_shown_in_colours(run, answers, main, capsys):
+    """The text is what it is without them, and every token has a colour of the legend."""
+    arguments = ["--checkpoint", str(run), "--prompt", PROMPTS[0], *GREEDY]
+    assert main([*arguments, "--show-routing", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert re.sub(r"\x1b\[[\d;]*m", "", out) == PROMPTS[0] + answers[0] + "\n"
+    colours = set(re.findall(r"48;5;(\d+)m", out))
+    legend = next(line for line in err.splitlines() if line.startswith("experts of layer 1:"))
+    assert colours <= set(re.findall(r"48;5;(\d+)m", legend))
+    assert len(colours) > 1
+    assert main([*arguments, "--show-routing", "2"]) == 2
+    assert "layer 2 is not in 0..1" in capsys.readouterr().err
+
+
+def test_the_documented_program_runs(run, monkeypatch, capsys):
+    """The example of docs/generation.md, on another checkpoint."""
+    text = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    program = program.replace('"runs/quickstart"', repr(str(run)))
+    exec(compile(program, "docs/generation.md", "exec"), {})
+    assert capsys.readouterr().out.endswith("']\n")
+
+
+def test_documented_options_exist():
+    text = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
+    known = generate.make_parser().format_help()
+    told = set(re.findall(r"--[a-z][a-z0-9-]+", text))
+    assert len(told) > 20
+    assert not [name for name in told if name not in known]
 
 
 def test_arguments_reach_the_command(monkeypatch):
     got = []
-    monkeypatch.setattr(command, "run", lambda *arguments: got.append(arguments))
-    given = ["--temperature", "0.5", "--top-k", "4", "--top-p", ".25", "--seed", "6"]
+    monkeypatch.setattr(command, "run", lambda *arguments: got.append(arguments) or 0)
+    given = ["--temperature", "0.5", "--top-k", "4", "--top-p", ".25", "--seed", "6", "--n", "2"]
+    given += ["--min-p", ".1", "--repetition-penalty", "1.5", "--presence-penalty", "0.5"]
+    given += ["--frequency-penalty", "-1", "--logit-bias", "3=-2.5", "--logit-bias", "4=1"]
+    given += ["--stop", "a", "--stop", "b", "--stop-token-id", "7", "--min-new-tokens", "1"]
+    given += ["--format", "jsonl", "--logprobs", "2", "--prompt-logprobs", "0", "--echo"]
+    given += ["--rows", "3", "--context", "99", "--part", "32", "--cache-dtype", "int8"]
+    given += ["--weights", "int8"]
     given += ["mesh.fsdp=2", "--max-new-tokens", "3", "--checkpoint", "here", "--prompt", ""]
     assert generate.main(given) == 0
     assert generate.main(["--checkpoint", "here", "--prompt=-x"]) == 0
-    options = Options(max_new_tokens=3, temperature=0.5, top_k=4, top_p=0.25, seed=6)
-    assert got[0] == ("here", [""], options, Deployment(MeshConfig(fsdp=2)))
-    assert got[1] == ("here", ["-x"], Options(), Deployment())
+    options = Options(
+        *(3, 1, 0.5, 4, 0.25, 0.1, 1.5, 0.5, -1.0, ((3, -2.5), (4, 1.0)), ("a", "b"), (7,), 2, 6),
+        *(2, 0, True),
+    )
+    asked = [Asked("prompt 1", "", None, options, None, 1)]
+    serving = Serving(3, 99, 32, "int8", "int8")
+    style = command.Style(jsonl=True)
+    assert got[0] == ("here", asked, style, Deployment(MeshConfig(fsdp=2)), serving)
+    asked = [Asked("prompt 1", "-x", None, Options(), None, 1)]
+    assert got[1] == ("here", asked, command.Style(), Deployment(), Serving())
 
 
 def test_sampling_forgets_how_training_was_placed():
@@ -126,6 +242,16 @@ BAD = {
     "devices": (["--prompt", "a", *GREEDY, "mesh.data=16"], "needs 16 devices, .* has 8"),
     "size": (["--prompt", "a", *GREEDY, "mesh.expert=3"], "mesh.expert=3 does not divide"),
     "exchange": (["--prompt", "a", *GREEDY, "model.exchange=ragged"], "ragged does not run on cpu"),
+    "bias": (["--prompt", "a", "--logit-bias", "3"], "--logit-bias 3 must look like ID=VALUE"),
+    "biased": (["--prompt", "a", "--logit-bias", "999=1", *GREEDY], "999 is not in 0..299"),
+    "part": (["--prompt", "a", "--part", "100"], "part=100 must be a power of two"),
+    "cache": (["--prompt", "a", "--cache-dtype", "int4"], "cache_dtype='int4' must be int8"),
+    "weights": (["--prompt", "a", "--weights", "int4"], "weights='int4' must be int8"),
+    "context": (["--prompt", "a", "--context", "8", *GREEDY], "context of 8"),
+    "negative": (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0 must lie in 0..1e6"),
+    "told": (["--prompt", "a", "--logprobs", "1"], "add --format jsonl"),
+    "coloured": (["--prompt", "a", "--format", "jsonl", "--show-routing", "0"], "leave out --form"),
+    "silent": (["--chat", "--score"], "a conversation is text"),
 }
 
 

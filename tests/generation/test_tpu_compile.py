@@ -1,21 +1,18 @@
-"""Prefill and decode compile for a slice of TPUs, with none at hand."""
+"""Parts of prompts and decoding compile for a slice of TPUs, with none at hand."""
 
-from functools import partial
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
-from jax.sharding import NamedSharding
 from tiny import MODEL
 
 from mixtral_jax import sharding
-from mixtral_jax.generation.engine import Rows, programs
-from mixtral_jax.generation.sampling import Parameters
-from mixtral_jax.model.mixtral import abstract_state
+from mixtral_jax.analysis import generation_report
 
 pytestmark = pytest.mark.tpu_compile
-BATCH, LENGTH, SLOTS = 8, 16, 48
+BATCH, LENGTH, NEW = 8, 600, 100
 
 
 @pytest.fixture(scope="module")
@@ -25,32 +22,20 @@ def tpu_mesh():
     return sharding.make_mesh(expert=4, tensor=2, devices=devices)
 
 
-def test_prefill_and_decode_compile_for_tpu(tpu_mesh):
-    graphdef, state = abstract_state(MODEL)
-    shardings = sharding.param_shardings(state, tpu_mesh)
-    params = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings
-    )
-
-    def batch(dtype, *shape):
-        where = NamedSharding(tpu_mesh, sharding.spec("batch"))
-        return jax.ShapeDtypeStruct((BATCH, *shape), dtype, sharding=where)
-
-    whole, real = batch(jnp.int32), batch(jnp.float32)
-    rows = Rows(whole, whole, batch(jnp.uint32), Parameters(real, whole, *[real] * 5))
-    tokens = batch(jnp.int32, LENGTH)
-    prefill, decode = programs(graphdef, 2)
-    with jax.set_mesh(tpu_mesh):
-        lowered = prefill.lower(params, tokens, rows, slots=SLOTS)
-        progress, _ = jax.eval_shape(partial(prefill, slots=SLOTS), params, tokens, rows)
-        lowered.compile()
-        lowered = decode.lower(params, progress, rows)
-        compiled = lowered.compile()
-    assert "ragged_all_to_all" in lowered.as_text()
-    cache = progress.cache.k_BSKH
-    assert cache.shape == (2, BATCH, SLOTS, 2, 6)
+def test_parts_and_decoding_compile_for_tpu(tpu_mesh):
+    config = dataclasses.replace(MODEL, max_position_embeddings=1024)
+    batch = generation_report.Batch(BATCH, LENGTH, NEW, part=32)
+    programs = generation_report.two_programs(config, tpu_mesh, batch)
+    progress = programs["decode"].arguments[1]
+    cache = progress.cache.k_BKSH
+    assert cache.shape == (2, BATCH, 2, 1024, 6)  # in blocks of 512
     assert cache.dtype == jnp.bfloat16
-    assert cache.sharding.spec == sharding.spec("layers", "batch", None, "heads", None)
-    # The cache, its largest argument, is updated in place.
+    assert tuple(cache.sharding.spec[:3]) == tuple(sharding.spec("layers", "batch", "heads"))
     per_device = 2 * cache.size * cache.dtype.itemsize // tpu_mesh.size
-    assert compiled.memory_analysis().alias_size_in_bytes >= per_device
+    for program in programs.values():
+        with jax.set_mesh(tpu_mesh):
+            lowered = program.function.lower(*program.arguments, **program.options)
+        assert "ragged_all_to_all" in lowered.as_text()
+        # The cache, the largest argument, is updated in place.
+        memory = lowered.compile().memory_analysis()
+        assert memory.alias_size_in_bytes >= per_device

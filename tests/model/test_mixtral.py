@@ -225,25 +225,6 @@ def test_prefill_and_single_tokens_equal_the_full_pass(mesh):
         oracle.close(logits, wanted, rel=3e-6)
 
 
-def test_the_cache_holds_what_was_written_where_it_was_written():
-    rng = np.random.default_rng(0)
-    config = make_config(num_hidden_layers=1)
-    made = sharding.make_mesh(1, 1, 2, 2)
-    with jax.set_mesh(made):
-        cache = jax.tree.map(lambda a: a[0], make_cache(config, 4, 9, jnp.float32))
-        assert cache.k_BSKH.shape == (4, 9, 2, 6)
-        new = rng.normal(size=(2, 4, 3, 2, 6)).astype(np.float32)
-        start = np.array([0, 6, 2, 5], np.int32)
-        spec = sharding.spec("batch", None, "heads", None)
-        k, v = (jax.device_put(a, jax.NamedSharding(made, spec)) for a in new)
-        cache = cache.write(k, v, *place((start,), made))
-    for got, want in zip(cache, new):
-        expected_BSKH = np.zeros((4, 9, 2, 6), np.float32)
-        for row, at in enumerate(start):
-            expected_BSKH[row, at : at + 3] = want[row]
-        np.testing.assert_array_equal(got, expected_BSKH)
-
-
 # ---- types -------------------------------------------------------------------------------------
 
 

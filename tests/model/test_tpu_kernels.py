@@ -21,6 +21,7 @@ WIDE = {
 LENGTH = 128
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "changes"),
     [

@@ -95,6 +95,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(whole, tmp_path, monkeypa
     assert not compiled
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh_with_the_same_losses(whole, tmp_path):
     folder = tmp_path / "run"
     loop.train(synthetic(folder, mesh={"expert": 2}, training={"steps": 3, "schedule": "constant"}))

@@ -1,0 +1,67 @@
+"""The engine's programs, each compiled once, and when they are needed."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from functools import partial
+
+import jax
+from flax import nnx
+
+from mixtral_jax.generation.programs import functions
+
+
+class Programs:
+    """The programs of one model on one mesh, each compiled once for each of its shapes.
+
+        extend(params, progress, rows, lanes, score=False) -> (progress, made)
+        decode(params, progress, rows, alive_B) -> (progress, made)
+        admit(progress, row_X, use_X, in_prompt_XV, bias_XV) -> progress
+        copy(progress, source, target) -> progress; rows counted over all devices
+
+    All give the memory of `progress` to their result.
+    """
+
+    def __init__(self, graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh):
+        """Args: graphdef: the model's, from nnx.split."""
+        self._mesh, self._functions = mesh, functions(graphdef)
+        self._compiled: dict[tuple, Future] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, name: str, *arguments, length: int = 0, **options):
+        """Run a program; `length` tells its shapes apart."""
+        return self._future(name, arguments, length, options).result()(*arguments)
+
+    def begin(self, name: str, *arguments, length: int = 0, **options) -> None:
+        """Compile a program in a thread of its own, while another one compiles here."""
+        shapes = jax.tree.map(jax.typeof, arguments)
+        arguments = jax.tree.map(
+            lambda a, t: jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=a.sharding),
+            arguments,
+            shapes,
+        )
+        call = partial(self._future, name, arguments, length, options)
+        threading.Thread(target=call, daemon=True).start()
+
+    def __len__(self) -> int:
+        """How many have been compiled."""
+        return len(self._compiled)
+
+    def _future(self, name: str, arguments, length: int, options: dict) -> Future:
+        key = (name, length, *sorted(options.items()))
+        with self._lock:
+            future = self._compiled.get(key)
+            mine = future is None
+            if mine:
+                future = self._compiled[key] = Future()
+        if mine:
+            try:
+                with jax.set_mesh(self._mesh):
+                    lowered = self._functions[name].lower(*arguments, **options)
+                    future.set_result(lowered.compile())
+            except BaseException as error:
+                with self._lock:
+                    del self._compiled[key]
+                future.set_exception(error)
+        return future

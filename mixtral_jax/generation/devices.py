@@ -1,0 +1,91 @@
+"""The engine's calls to its devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mixtral_jax import sharding
+from mixtral_jax.generation.answering import Task
+from mixtral_jax.generation.compiled import Programs
+from mixtral_jax.generation.placing import Placing
+from mixtral_jax.generation.programs import Made, Progress, Rows
+
+
+class Devices:
+    """A model's parameters, the progress of its rows, and the programs that move it on."""
+
+    def __init__(
+        self, graphdef: nnx.GraphDef, params: nnx.State, progress: Progress, placing: Placing
+    ):
+        self.params = params
+        self.progress = progress
+        self._programs = Programs(graphdef, placing.mesh)
+        self._placing = placing
+        self._asked: list[Task | None] | None = None
+        self._rows: Rows | None = None
+        self._alive: tuple[set[int], jax.Array] | None = None
+
+    @property
+    def compiled(self) -> int:
+        """How many programs have been compiled."""
+        return len(self._programs)
+
+    def extend(
+        self,
+        asked: list[Task | None],
+        parts: dict[int, tuple[Task, int, int, bool]],
+        length: int,
+        score: bool,
+    ) -> Made:
+        """Run parts of prompts.
+
+        Args:
+          asked: the task of each row.
+          parts: by device, (task, start, count, whether the answer begins).
+          length: what they are padded to.
+          score: whether log-probabilities of the prompts are wanted.
+        """
+        lanes = self._placing.lanes(length, parts)
+        arguments = (self.params, self.progress, self._placed(asked), lanes)
+        sizes = {"length": length, "score": score}
+        self.progress, made = self._programs("extend", *arguments, **sizes)
+        return made
+
+    def decode(self, asked: list[Task | None], alive: Iterable[int]) -> Made:
+        """One more token in the rows that are alive."""
+        self.progress, made = self._programs("decode", *self._decoding(asked, alive))
+        return made
+
+    def begin_decoding(self, asked: list[Task | None]) -> None:
+        """Compile decoding, in a thread of its own."""
+        self._programs.begin("decode", *self._decoding(asked, ()))
+
+    def copy(self, source: int, target: int) -> None:
+        """Put the cache of one row into another."""
+        whole = sharding.replicated(self._placing.mesh)
+        rows = jax.device_put((np.int32(source), np.int32(target)), whole)
+        self.progress = self._programs("copy", self.progress, *rows)
+
+    def mark(self, tasks: dict[int, Task]) -> None:
+        """Set what the rows of tasks, by device, remember of their prompts, and their bias."""
+        vocabulary = self.progress.bias_BV.shape[1]
+        self.progress = self._programs(
+            "admit", self.progress, *self._placing.marks(vocabulary, tasks)
+        )
+
+    def _decoding(self, asked: list[Task | None], alive: Iterable[int]) -> tuple:
+        if self._alive is None or self._alive[0] != (alive := set(alive)):
+            is_alive = np.zeros(len(asked), bool)
+            is_alive[list(alive)] = True
+            self._alive = (alive, *self._placing.split(is_alive))
+        return self.params, self.progress, self._placed(asked), self._alive[1]
+
+    def _placed(self, asked: Sequence[Task | None]) -> Rows:
+        """What the tasks of the rows ask, on the devices; placed anew where one has changed."""
+        if self._rows is None or self._asked != asked:
+            self._asked, self._rows = list(asked), self._placing.asked(asked)
+        return self._rows

@@ -1,0 +1,294 @@
+"""What the engine runs on the devices: parts of prompts, decoding steps, and moving of rows.
+
+    extend  a part of one row's prompt on each device that the cache's rows are split over: fills
+            the cache, and makes a row's first token where its prompt ends
+    decode  one more token for every row that is live
+    admit   what a row remembers of its prompt and has as bias, where a request asks for it
+    copy    the cache of one row into another, for a prompt that begins as one before it
+
+Padding, rows that are not live and devices without a part to extend belong to segment 0: no expert
+works on them, and nothing of them is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from mixtral_jax import sharding
+from mixtral_jax.generation.sampling import (
+    History,
+    LogProbabilities,
+    Parameters,
+    log_probabilities,
+    penalize,
+    row_keys,
+    sample,
+)
+from mixtral_jax.model.cache import Cached, spec_of
+from mixtral_jax.model.mixtral import Mixtral
+
+NOTHING = -1
+"""In the place of a token: none was made. In the place of an id: there is none."""
+TOP = 20
+"""Log-probabilities of the most likely tokens that are given, where any are wanted."""
+ENDS = 17
+"""Most ids that end an answer: EOS and 16 of a request's own."""
+
+
+class Rows(NamedTuple):
+    """What the requests in the rows ask; R rows, split as the batch."""
+
+    seed_B: jax.Array
+    """uint32."""
+    least_B: jax.Array
+    """int32 tokens to make before the answer may end."""
+    ends_BN: jax.Array
+    """int32 ids that end it, or NOTHING."""
+    logprobs_B: jax.Array
+    """bool, whether log-probabilities are wanted."""
+    parameters: Parameters
+
+
+class Progress(NamedTuple):
+    """What a program hands to the next one, which reuses its memory."""
+
+    cache: Cached | tuple[Cached, ...]
+    token_B: jax.Array
+    """The newest token, which the cache does not hold yet."""
+    position_B: jax.Array
+    """Its place."""
+    made_B: jax.Array
+    """Tokens made so far."""
+    live_B: jax.Array
+    """False before the prompt's end, and after the answer's."""
+    history: History
+    bias_BV: jax.Array
+
+
+class Lanes(NamedTuple):
+    """Parts of prompts, one on each of the X devices that rows are split over."""
+
+    tokens_XL: jax.Array
+    next_XL: jax.Array
+    """The token after each, whose log-probability is wanted where prompts are scored."""
+    row_X: jax.Array
+    """Which row, counted on the device."""
+    start_X: jax.Array
+    """Place of the first token."""
+    count_X: jax.Array
+    """Tokens; 0 where a device has nothing to do."""
+    last_X: jax.Array
+    """Whether the prompt ends here, and an answer begins."""
+
+
+class Made(NamedTuple):
+    """What a program shows to the host; the same on every device."""
+
+    token_B: jax.Array
+    """The token that each row, or lane, made, or NOTHING."""
+    logprobs: LogProbabilities
+    """Of these tokens, where any row wants them; otherwise zeros."""
+    prompt: LogProbabilities | None
+    """Of next_XL, where prompts are scored: a dimension L after the first."""
+
+
+def functions(graphdef: nnx.GraphDef) -> dict[str, Callable]:
+    """The programs of a model, from nnx.split, to be lowered with the mesh set."""
+    donated = {"donate_argnames": "progress"}
+    return {
+        "extend": jax.jit(partial(extend, graphdef), static_argnames="score", **donated),
+        "decode": jax.jit(partial(decode, graphdef), **donated),
+        "admit": jax.jit(admit, **donated),
+        "copy": jax.jit(copy, **donated),
+    }
+
+
+def empty(model: Mixtral, rows: int, places: int, dtype: jnp.dtype | None = None) -> Progress:
+    """A Progress in which nothing is live; with the mesh set, under jit.
+
+    Args:
+      rows: a multiple of the devices that the batch is split over.
+      places: of each row, from model.cache.places.
+      dtype: the cache's; what is computed in by default.
+    """
+
+    def full(value, dtype, *more):
+        return jnp.full((rows, *more), value, dtype, out_sharding=sharding.spec("batch"))
+
+    vocabulary = model.config.vocab_size
+    history = History(full(False, bool, vocabulary), full(0, jnp.int32, vocabulary))
+    return Progress(
+        model.empty_cache(rows, places, dtype),
+        *(full(0, jnp.int32) for _ in range(3)),
+        full(False, bool),
+        history,
+        full(0, jnp.float32, vocabulary),
+    )
+
+
+def extend(graphdef, params, progress: Progress, rows: Rows, lanes: Lanes, *, score: bool = False):
+    """Run one part of a prompt on each device; see the module."""
+    model: Mixtral = nnx.merge(graphdef, params)
+    places_1L = jnp.arange(lanes.tokens_XL.shape[1], dtype=jnp.int32)[None]
+    positions_XL = lanes.start_X[:, None] + places_1L
+    segments_XL = (places_1L < lanes.count_X[:, None]).astype(jnp.int32)
+    last_X = jnp.maximum(lanes.count_X - 1, 0)
+    at = None if score else last_X
+    out = model.forward(lanes.tokens_XL, positions_XL, segments_XL, progress.cache, at, lanes.row_X)
+    logits_XLV = sharding.shard(out.logits_BLV, "batch", None, None)
+
+    def body(logits_XLV, last_X, lanes, rows, progress):
+        prompt = None
+        if score:
+            width = logits_XLV.shape[-1]
+            flat = log_probabilities(
+                logits_XLV.reshape(-1, width), lanes.next_XL.reshape(-1), min(TOP, width)
+            )
+            length = logits_XLV.shape[1]
+            prompt = jax.tree.map(lambda a: a.reshape(1, length, *a.shape[1:]), flat)
+            logits_XLV = lax.dynamic_slice_in_dim(logits_XLV, last_X[0], 1, axis=1)
+        row = lanes.row_X[0]
+        mine, own = jax.tree.map(partial(_row, row), (rows, progress))
+        own = own._replace(made_B=jnp.zeros_like(own.made_B))
+        token_1, logprobs, own = _choose(logits_XLV[:, 0], mine, own, lanes.last_X)
+        own = own._replace(position_B=lanes.start_X + lanes.count_X)
+        changed = jax.tree.map(partial(_put_row, row, lanes.last_X), progress, own)
+        return changed, Made(token_1, logprobs, prompt)
+
+    small = progress._replace(cache=None)
+    small, made = _on_each_device(body, logits_XLV, last_X, lanes, rows, small)
+    return small._replace(cache=out.cache), _shown(made)
+
+
+def decode(graphdef, params, progress: Progress, rows: Rows, alive_B: jax.Array):
+    """One more token in each row that is live; see the module.
+
+    Args:
+      alive_B: false for rows that the host has ended.
+    """
+    model: Mixtral = nnx.merge(graphdef, params)
+    live_B = progress.live_B & alive_B
+    out = model.forward(
+        progress.token_B[:, None],
+        progress.position_B[:, None],
+        live_B.astype(jnp.int32)[:, None],
+        progress.cache,
+    )
+    logits_BV = sharding.shard(out.logits_BLV[:, 0], "batch", None)
+
+    def body(logits_BV, live_B, rows, progress):
+        progress = progress._replace(position_B=progress.position_B + live_B)
+        token_B, logprobs, progress = _choose(logits_BV, rows, progress, live_B)
+        return progress, Made(token_B, logprobs, None)
+
+    small, made = _on_each_device(body, logits_BV, live_B, rows, progress._replace(cache=None))
+    return small._replace(cache=out.cache), _shown(made)
+
+
+def admit(progress: Progress, row_X, use_X, in_prompt_XV, bias_XV) -> Progress:
+    """Set a row's history and bias on each device, where use_X says so."""
+
+    def body(history, bias_BV, row_X, use_X, in_prompt_XV, bias_XV):
+        new = History(in_prompt_XV, jnp.zeros_like(history.made_BV[:1]))
+        put = partial(_put_row, row_X[0], use_X)
+        return jax.tree.map(put, history, new), put(bias_BV, bias_XV)
+
+    history, bias_BV = _on_each_device(
+        body, progress.history, progress.bias_BV, row_X, use_X, in_prompt_XV, bias_XV
+    )
+    return progress._replace(history=history, bias_BV=bias_BV)
+
+
+def copy(progress: Progress, source: jax.Array, target: jax.Array) -> Progress:
+    """Put the cache of row `source` into row `target`, wherever they lie."""
+    stacked = isinstance(progress.cache, Cached)
+    axis, spec = (1 if stacked else 0), spec_of(stacked)
+
+    def body(cache, source, target):
+        def one(array):
+            rows = array.shape[axis]
+            first = lax.axis_index(sharding.BATCH_AXES) * rows
+
+            def mine(row):
+                return (row >= first) & (row < first + rows), jnp.clip(row - first, 0, rows - 1)
+
+            has, at = mine(source)
+            row = lax.dynamic_slice_in_dim(array, at, 1, axis)
+            row = lax.psum(jnp.where(has, row, 0), sharding.BATCH_AXES).astype(array.dtype)
+            wants, at = mine(target)
+            before = lax.dynamic_slice_in_dim(array, at, 1, axis)
+            return lax.dynamic_update_slice_in_dim(array, jnp.where(wants, row, before), at, axis)
+
+        return jax.tree.map(one, cache)
+
+    whole = sharding.spec()
+    run = jax.shard_map(body, in_specs=(spec, whole, whole), out_specs=spec, check_vma=False)
+    return progress._replace(cache=run(progress.cache, source, target))
+
+
+# ---- within a device ---------------------------------------------------------------------------
+
+
+def _on_each_device(body: Callable, *arguments):
+    """Arrays that are split as the batch, and results that are."""
+    rows = sharding.spec("batch")
+    return jax.shard_map(body, in_specs=rows, out_specs=rows, check_vma=False)(*arguments)
+
+
+def _row(row, array):
+    return lax.dynamic_slice_in_dim(array, row, 1)
+
+
+def _put_row(row, use_1, array, new):
+    """An array with a new row, if it is to be used."""
+    use = use_1.reshape((1,) * new.ndim)
+    chosen = jnp.where(use, new, _row(row, array)).astype(array.dtype)
+    return lax.dynamic_update_slice_in_dim(array, chosen, row, axis=0)
+
+
+def _shown(made: Made) -> Made:
+    return jax.tree.map(lambda a: sharding.shard(a, *[None] * a.ndim), made)
+
+
+def _choose(logits_BV, rows: Rows, progress: Progress, live_B):
+    """Sample where live: (token_B or NOTHING, log-probabilities, the new progress)."""
+    vocabulary = logits_BV.shape[1]
+    logits_BV = logits_BV.astype(jnp.float32)
+    row_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+    early_B = progress.made_B < rows.least_B
+
+    def ends():
+        places_BN = jnp.where(rows.ends_BN == NOTHING, vocabulary, rows.ends_BN)
+        ends_BV = jnp.zeros(logits_BV.shape, bool).at[row_B1, places_BN].set(True, mode="drop")
+        return ends_BV & early_B[:, None]
+
+    forbidden_BV = lax.cond(early_B.any(), ends, lambda: jnp.zeros(logits_BV.shape, bool))
+    changed_BV = penalize(
+        logits_BV, rows.parameters, progress.history, progress.bias_BV, forbidden_BV
+    )
+    token_B = sample(row_keys(rows.seed_B, progress.made_B), changed_BV, rows.parameters)
+
+    def wanted():
+        return log_probabilities(logits_BV, token_B, min(TOP, vocabulary))
+
+    shapes = jax.eval_shape(wanted)
+    nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    logprobs = lax.cond((rows.logprobs_B & live_B).any(), wanted, lambda: nothing)
+
+    ended_B = (token_B[:, None] == rows.ends_BN).any(axis=1)
+    one_B = live_B.astype(jnp.int32)
+    made_BV = progress.history.made_BV.at[row_B1[:, 0], token_B].add(one_B)
+    progress = progress._replace(
+        token_B=jnp.where(live_B, token_B, progress.token_B),
+        made_B=progress.made_B + one_B,
+        live_B=jnp.where(live_B, ~ended_B, progress.live_B),
+        history=progress.history._replace(made_BV=made_BV),
+    )
+    return jnp.where(live_B, token_B, NOTHING), logprobs, progress

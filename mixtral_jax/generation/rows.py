@@ -1,0 +1,74 @@
+"""The rows of the engine's cache as the host knows them, and the sizes it has programs for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mixtral_jax.generation.answering import Task
+from mixtral_jax.model.cache import ROUND
+
+LEAST_PART = 16
+COPY = 32
+"""Tokens in common from which it pays to copy another row's cache."""
+
+
+class Row:
+    """A row of the cache, as the host knows it."""
+
+    def __init__(self) -> None:
+        self.task: Task | None = None
+        self.asks: Task | None = None
+        """The task that it has, or had last."""
+        self.written: list[int] = []
+        """The tokens whose keys and values it holds, from its first place on."""
+        self.used = 0
+        """When it was taken last."""
+        self.marked = False
+        """Whether it has a history or a bias, which the next request must not inherit."""
+
+
+def choose(
+    rows: Sequence[Row], free: Sequence[int], prompt: Sequence[int]
+) -> tuple[int, int, int | None]:
+    """Where a request begins.
+
+    Args:
+      free: the rows that it may take, at least one.
+      prompt: the tokens that it could find in a row.
+    Returns:
+      (its row, tokens of the prompt that are there, a row to copy them from first or None).
+    """
+    common = [_common(row.written, prompt) for row in rows]
+    oldest = min(free, key=lambda i: rows[i].used)
+    own = max(free, key=lambda i: (common[i], -rows[i].used))
+    best = max(range(len(rows)), key=lambda i: common[i])
+    if common[best] >= common[own] + COPY:
+        return oldest, common[best], best
+    if common[own] >= LEAST_PART:
+        return own, common[own], None
+    return oldest, 0, None
+
+
+def _common(written: Sequence[int], prompt: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    count = min(len(written), len(prompt))
+    differ = np.flatnonzero(np.asarray(written[:count]) != np.asarray(prompt[:count]))
+    return int(differ[0]) if differ.size else count
+
+
+def capacity_for(tokens: int) -> int:
+    """The capacity that holds so many tokens and leads to one of few sizes of the cache."""
+    size = 64
+    while size - ROUND < tokens:
+        size *= 2
+    return size - ROUND
+
+
+def length_of(tokens: int, room: int | None = None) -> int:
+    """The power of two, 16 or more, that holds so many tokens, or the last one within room."""
+    length = LEAST_PART
+    while length < tokens and (room is None or 2 * length <= room):
+        length *= 2
+    return length
