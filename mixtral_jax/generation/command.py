@@ -62,6 +62,9 @@ def run(
       InputError: for what a user can mend; no answer has been printed then.
     """
     deployed = deploy(checkpoint, deployment)
+    layers, layer = deployed.config.num_hidden_layers, style.show_routing
+    if layer is not None and not 0 <= layer < layers:
+        raise InputError(f"--show-routing {layer} is not in 0..{layers - 1}, the model's layers")
     context = deployed.config.max_position_embeddings
     limit = min(serving.context or context, context)
     requests = [_request(one, deployed, style, limit) for one in asked]
@@ -226,6 +229,10 @@ def deploy(checkpoint: str | pathlib.Path, deployment: Deployment) -> Deployed:
         place = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
         kind = " in int8" if serving.weights else ""
         say(f"checkpoint {found.path}, {config.num_parameters:,} parameters{kind} on {place}")
+        if engine.rows < (serving.rows or 0):
+            say(
+                f"memory holds {engine.rows} answers at a time, not {serving.rows}: the others wait"
+            )
         start_up.end("weights")
         return engine
 

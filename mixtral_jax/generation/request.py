@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import numbers
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -325,10 +324,3 @@ def deployment_from_overrides(overrides: Sequence[str]) -> Deployment:
     model = {key: value or "" for key, value in values.get("model", {}).items()}
     ModelConfig(**model)  # checks the values
     return Deployment(MeshConfig(**values.get("mesh", {})), **model)
-
-
-def read_prompts(path: str | pathlib.Path) -> list[str]:
-    """See `prompts.read_text`."""
-    from mixtral_jax.generation import prompts  # which reads options
-
-    return prompts.read_text(path)

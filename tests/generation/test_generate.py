@@ -16,6 +16,7 @@ import generate
 from mixtral_jax import sharding
 from mixtral_jax.config import MeshConfig
 from mixtral_jax.generation import command, output
+from mixtral_jax.generation import engine as engines
 from mixtral_jax.generation.answering import Event
 from mixtral_jax.generation.engine import Engine
 from mixtral_jax.generation.prompts import Asked
@@ -140,6 +141,14 @@ def test_nothing_is_loaded_where_no_line_can_be_answered(run, main, capsys, monk
     ]
 
 
+def test_answers_that_memory_does_not_hold_wait_and_it_is_said(run, main, capsys, monkeypatch):
+    monkeypatch.setattr(engines, "rows_that_fit", lambda size, mesh: 1)
+    assert main(["--checkpoint", str(run), "--prompt", "a", "--n", "3", *GREEDY]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("> a (") == 3
+    assert "memory holds 1 answers at a time, not 4: the others wait" in err
+
+
 def test_standard_input_has_a_prompt_a_line(run, answers, main, capsys, monkeypatch):
     text = f"{PROMPTS[0]}\n{PROMPTS[3]}\n".encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
@@ -175,8 +184,6 @@ def test_routing_is_shown_in_colours(run, answers, main, capsys):
     legend = next(line for line in err.splitlines() if line.startswith("experts of layer 1:"))
     assert colours <= set(re.findall(r"48;5;(\d+)m", legend))
     assert len(colours) > 1
-    assert main([*arguments, "--show-routing", "2"]) == 2
-    assert "layer 2 is not in 0..1" in capsys.readouterr().err
 
 
 def test_the_documented_program_runs(run, monkeypatch, capsys):
@@ -250,6 +257,7 @@ BAD = {
     "context": (["--prompt", "a", "--context", "8", *GREEDY], "context of 8"),
     "negative": (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0 must lie in 0..1e6"),
     "told": (["--prompt", "a", "--logprobs", "1"], "add --format jsonl"),
+    "layer": (["--prompt", "a", "--show-routing", "2", *GREEDY], "--show-routing 2 is not in 0..1"),
     "coloured": (["--prompt", "a", "--format", "jsonl", "--show-routing", "0"], "leave out --form"),
     "silent": (["--chat", "--score"], "a conversation is text"),
 }

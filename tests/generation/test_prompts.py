@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixtral_jax.config import InputError
-from mixtral_jax.generation import request
 from mixtral_jax.generation.prompts import LONGEST_LINE, Asked, read, read_jsonl, read_text
 from mixtral_jax.generation.request import Options
 
@@ -44,7 +43,7 @@ TEXTS = [
 def test_a_prompt_file_has_one_prompt_a_line(tmp_path, standard_input, content, prompts):
     path = tmp_path / "prompts.txt"
     path.write_bytes(content)
-    assert read_text(path) == request.read_prompts(path) == prompts
+    assert read_text(path) == prompts
     asked = [Asked(f"prompt {n}", t, None, DEFAULT, None, n) for n, t in enumerate(prompts, 1)]
     assert read(path, DEFAULT) == asked
     standard_input(content)
