@@ -29,11 +29,11 @@ class Programs:
         self._compiled: dict[tuple, Future] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, name: str, *arguments, length: int = 0, **options):
-        """Run a program; `length` tells its shapes apart."""
-        return self._future(name, arguments, length, options).result()(*arguments)
+    def __call__(self, name: str, *arguments, shape: tuple[int, ...] = (), **options):
+        """Run a program; `shape` tells its shapes apart."""
+        return self._future(name, arguments, shape, options).result()(*arguments)
 
-    def begin(self, name: str, *arguments, length: int = 0, **options) -> None:
+    def begin(self, name: str, *arguments, shape: tuple[int, ...] = (), **options) -> None:
         """Compile a program in a thread of its own, while another one compiles here."""
         shapes = jax.tree.map(jax.typeof, arguments)
         arguments = jax.tree.map(
@@ -41,15 +41,15 @@ class Programs:
             arguments,
             shapes,
         )
-        call = partial(self._future, name, arguments, length, options)
+        call = partial(self._future, name, arguments, shape, options)
         threading.Thread(target=call, daemon=True).start()
 
     def __len__(self) -> int:
         """How many have been compiled."""
         return len(self._compiled)
 
-    def _future(self, name: str, arguments, length: int, options: dict) -> Future:
-        key = (name, length, *sorted(options.items()))
+    def _future(self, name: str, arguments, shape: tuple[int, ...], options: dict) -> Future:
+        key = (name, shape, *sorted(options.items()))
         with self._lock:
             future = self._compiled.get(key)
             mine = future is None

@@ -38,21 +38,20 @@ class Devices:
         self,
         asked: list[Task | None],
         parts: dict[int, tuple[Task, int, int, bool]],
-        length: int,
+        shape: tuple[int, int],
         score: bool,
     ) -> Made:
         """Run parts of prompts.
 
         Args:
           asked: the task of each row.
-          parts: by device, (task, start, count, whether the answer begins).
-          length: what they are padded to.
+          parts: by lane, counted over all devices, (task, start, count, whether the answer begins).
+          shape: lanes of each device, and the tokens that each part is padded to.
           score: whether log-probabilities of the prompts are wanted.
         """
-        lanes = self._placing.lanes(length, parts)
+        lanes = self._placing.lanes(shape, parts)
         arguments = (self.params, self.progress, self._placed(asked), lanes)
-        sizes = {"length": length, "score": score}
-        self.progress, made = self._programs("extend", *arguments, **sizes)
+        self.progress, made = self._programs("extend", *arguments, shape=shape, score=score)
         return made
 
     def decode(self, asked: list[Task | None], alive: Iterable[int]) -> Made:

@@ -1,13 +1,14 @@
 """Many requests on one model: continuous batching, prompts in parts, prefixes used again.
 
 The cache has a fixed number of rows, split over the devices as the batch is. A request waits for a
-free row; its prompt is run in parts, one row of each device at a time, between which the rows that
+free row; its prompt is run in parts, together with those of others, and between these the rows that
 have their prompts behind them decode; a row whose answer has ended takes the next request while the
 others go on. What a row's cache holds stays there: a prompt that begins as one before it, in any
 row, in use or not, begins where they differ.
 
-Shapes are few: parts of 16, 32, 64 ... tokens up to `part`, one decoding step of all rows. They are
-compiled when first used, or all by `warm_up`.
+Shapes are few: parts of 16, 32, 64 ... tokens up to `part`, of one prompt on each device or of as
+many as `lanes_of` says, and one decoding step of all rows. They are compiled when first used, or
+all by `warm_up`.
 
 The devices are one turn ahead of the host: a turn begins before the host has read what the one
 before it made. An answer that ends by what the model says costs one step in vain.
@@ -35,7 +36,16 @@ from mixtral_jax.generation.programs import Made, empty
 from mixtral_jax.generation.request import Options, Request, Serving, check_request
 from mixtral_jax.generation.results import Answer
 from mixtral_jax.generation.routing import Routing
-from mixtral_jax.generation.rows import LEAST_PART, Row, choose, length_of
+from mixtral_jax.generation.rows import (
+    COPY,
+    LEAST_PART,
+    MOST_LANES,
+    Row,
+    choose,
+    common,
+    lanes_of,
+    length_of,
+)
 from mixtral_jax.model.cache import bytes_of_row, places
 from mixtral_jax.model.mixtral import Mixtral, compute_dtype
 from mixtral_jax.model.unstacked import unstacked
@@ -123,7 +133,7 @@ class Engine:
         self._devices = Devices(graphdef, params, progress, self._placing)
         self._routing = Routing(graphdef, self.config, self._placing)
         self._rows = [Row() for _ in range(self.rows)]
-        self._lanes: list[Task | None] = [None] * self._shards
+        self._lanes: list[list[Task]] = [[] for _ in range(self._shards)]
         self._clock, self._busy = 0, False
 
     # ---- for users -----------------------------------------------------------------------------
@@ -174,7 +184,7 @@ class Engine:
             self._busy = False
             for row in self._rows:
                 row.task = None
-            self._lanes = [None] * self._shards
+            self._lanes = [[] for _ in range(self._shards)]
 
     def experts(self, tokens: Sequence[int], layer: int) -> np.ndarray:
         """ids [tokens, k] of the experts of a layer (from 0) that each token of a text goes to.
@@ -188,8 +198,10 @@ class Engine:
         """Compile every shape that serving may need, those of scored prompts too if asked to."""
         length = LEAST_PART
         while length <= min(self._part, self._places):
-            for scored in {False, score}:
-                self._devices.extend(self._asked(), {}, length, scored)
+            for lanes in {1, lanes_of(length, self._part)}:
+                self._devices.extend(self._asked(), {}, (lanes, length), False)
+            if score:
+                self._devices.extend(self._asked(), {}, (1, length), True)
             length *= 2
         self._devices.decode(self._asked(), ())
         self._devices.copy(0, 0)
@@ -236,18 +248,15 @@ class Engine:
         ]
 
     def _turns(self, waiting: deque[Task]) -> list[Turn]:
-        """Parts of prompts, up to `part` tokens a device, and one decoding step."""
+        """Parts of prompts, about `part` tokens a device, and one decoding step."""
         turns, budget = [], self._part
         while budget > 0:
-            for shard in range(self._shards):
-                if self._lanes[shard] is None and waiting:
-                    self._admit(shard, waiting)
-            lanes = {shard: task for shard, task in enumerate(self._lanes) if task is not None}
-            if not lanes:
+            self._fill_lanes(waiting)
+            if not any(self._lanes):
                 break
-            turn, length = self._next_parts(lanes)
+            turn, tokens = self._next_parts()
             turns.append(turn)
-            budget -= length
+            budget -= tokens
         if alive := {i: row.task for i, row in enumerate(self._rows) if _decodes(row.task)}:
             for place, task in alive.items():
                 task.asked += 1
@@ -256,14 +265,38 @@ class Engine:
             turns.append(Turn(self._devices.decode(self._asked(), alive), alive, {}))
         return turns
 
-    def _admit(self, shard: int, waiting: deque[Task]) -> None:
-        """Give the next request a free row of the shard, if there is one, and what it can use."""
-        free = [i for i in self._placing.rows_of(shard) if self._rows[i].task is None]
-        if not free:
-            return
-        task = waiting.popleft()
+    def _fill_lanes(self, waiting: deque[Task]) -> None:
+        """Give requests rows until each device has a part's worth of prompts to run."""
+
+        def ahead(shard: int) -> int:
+            return sum(map(_left, self._lanes[shard]))
+
+        while waiting:
+            free = {
+                shard: [i for i in self._placing.rows_of(shard) if self._rows[i].task is None]
+                for shard, lanes in enumerate(self._lanes)
+                if len(lanes) < MOST_LANES and ahead(shard) < self._part
+            }
+            shard = min((shard for shard in free if free[shard]), key=ahead, default=None)
+            if shard is None:
+                return
+            for task in waiting:
+                if self._admit(task, shard, free[shard]):
+                    waiting.remove(task)
+                    break
+            else:
+                return
+
+    def _admit(self, task: Task, shard: int, free: list[int]) -> bool:
+        """Give a task one of the free rows of the shard, and what it can use of what rows hold.
+
+        Returns: false if it had better wait for what it shares with a prompt that is being run.
+        """
         prefix = task.prompt[:-1] if task.options.prompt_logprobs is None else ()
         own, done, source = choose(self._rows, free, prefix)
+        running = [other.prompt for lanes in self._lanes for other in lanes]
+        if any(common(prompt, prefix) >= done + COPY for prompt in running):
+            return False
         if source is not None:
             self._devices.copy(source, own)
         self._clock += 1
@@ -271,36 +304,53 @@ class Engine:
         row.task = row.asks = task
         row.used, row.written = self._clock, list(task.prompt[:done])
         task.row, task.done, task.cached = own, done, done
-        self._lanes[shard] = task
+        self._lanes[shard].append(task)
         if task.marks or row.marked:
             self._devices.mark({shard: task})
             row.marked = task.marks
+        return True
 
     def _asked(self) -> list[Task | None]:
         """By row, the task that it has or had last."""
         return [row.asks for row in self._rows]
 
-    def _next_parts(self, lanes: dict[int, Task]) -> tuple[Turn, int]:
-        """Run the next part of each device's prompt, all of one length."""
-        wanted = max(len(task.prompt) - task.done for task in lanes.values())
-        room = min(self._places - task.done for task in lanes.values())
-        length = length_of(min(wanted, self._part), room)
-        score = any(task.options.prompt_logprobs is not None for task in lanes.values())
-        parts = {}
-        for shard, task in lanes.items():
-            start, count = task.done, min(length, len(task.prompt) - task.done)
+    def _next_parts(self) -> tuple[Turn, int]:
+        """Run the next parts of prompts, all of one length: that of the first on each device.
+
+        Returns: the turn, and the most tokens that a device has in it.
+        """
+        first = [lanes[0] for lanes in self._lanes if lanes]
+        room = min(self._places - task.done for task in first)
+        length = length_of(min(max(map(_left, first)), self._part), room)
+        score = any(task.options.prompt_logprobs is not None for task in first)
+        several = not score and max(map(len, self._lanes)) > 1
+        each = lanes_of(length, self._part) if several else 1
+        parts: dict[int, tuple[Task, int, int, bool]] = {}
+        for shard, lanes in enumerate(self._lanes):
+            chosen = [
+                task
+                for task in lanes
+                if score
+                or (task.options.prompt_logprobs is None and task.done + length <= self._places)
+            ]
+            for lane, task in enumerate(chosen[:each], shard * each):
+                start, count = task.done, min(length, _left(task))
+                answers = start + count == len(task.prompt) and task.options.max_new_tokens > 0
+                parts[lane] = (task, start, count, answers)
+        for task, start, count, answers in parts.values():
             task.done += count
-            ends = task.done == len(task.prompt)
-            answers = ends and task.options.max_new_tokens > 0
-            parts[shard] = (start, count, answers)
             self._rows[task.row].written += task.prompt[start : task.done]
-            if ends:
-                self._lanes[shard], task.asked = None, int(answers)
+            if not _left(task):
+                self._lanes[self._placing.shard_of(task.row)].remove(task)
+                task.asked = int(answers)
                 if not _decodes(task):
                     self._rows[task.row].task = None
-        given = {shard: (task, *parts[shard]) for shard, task in lanes.items()}
-        made = self._devices.extend(self._asked(), given, length, score)
-        return Turn(made, dict(lanes), parts), length
+        made = self._devices.extend(self._asked(), parts, (each, length), score)
+        tasks = {lane: task for lane, (task, *_) in parts.items()}
+        tokens = np.bincount([lane // each for lane in parts], [p[2] for p in parts.values()])
+        return Turn(made, tasks, {lane: part[1:] for lane, part in parts.items()}), int(
+            tokens.max()
+        )
 
     def _read(self, turn: Turn) -> Iterator[Event]:
         """What a turn made, for its tasks."""
@@ -335,6 +385,11 @@ class Engine:
 def _decodes(task: Task | None) -> bool:
     """Whether a task has its prompt behind it, and tokens left to ask for."""
     return task is not None and 0 < task.asked < task.options.max_new_tokens
+
+
+def _left(task: Task) -> int:
+    """Tokens of its prompt that have not been run."""
+    return len(task.prompt) - task.done
 
 
 def _at(arrays, place: int):

@@ -30,21 +30,29 @@ class Placing:
         """The rows that lie on a device."""
         return range(shard * self._each, (shard + 1) * self._each)
 
+    def shard_of(self, row: int) -> int:
+        """The device that a row lies on."""
+        return row // self._each
+
     def split(self, *arrays: np.ndarray):
         return jax.device_put(arrays, sharding.batch_sharding(self.mesh))
 
-    def lanes(self, length: int, parts: dict[int, tuple[Task, int, int, bool]]) -> Lanes:
-        """Parts of prompts by device: (task, start, count, whether the answer begins)."""
-        tokens = np.zeros((self.shards, length), np.int32)
+    def lanes(self, shape: tuple[int, int], parts: dict[int, tuple[Task, int, int, bool]]) -> Lanes:
+        """Parts of prompts by lane: (task, start, count, whether the answer begins).
+
+        Args: shape: lanes of each device, and the tokens that each is padded to.
+        """
+        each, length = shape
+        tokens = np.zeros((self.shards * each, length), np.int32)
         following = np.zeros_like(tokens)
-        row, start, count = (np.zeros(self.shards, np.int32) for _ in range(3))
-        last = np.zeros(self.shards, bool)
-        for shard, (task, first, many, answers) in parts.items():
-            tokens[shard, :many] = task.prompt[first : first + many]
+        row, start, count = (np.zeros(len(tokens), np.int32) for _ in range(3))
+        last = np.zeros(len(tokens), bool)
+        for lane, (task, first, many, answers) in parts.items():
+            tokens[lane, :many] = task.prompt[first : first + many]
             after = task.prompt[first + 1 : first + many + 1]
-            following[shard, : len(after)] = after
-            row[shard], start[shard] = task.row - shard * self._each, first
-            count[shard], last[shard] = many, answers
+            following[lane, : len(after)] = after
+            row[lane], start[lane] = task.row % self._each, first
+            count[lane], last[lane] = many, answers
         return Lanes(*self.split(tokens, following, row, start, count, last))
 
     def marks(self, vocabulary: int, tasks: dict[int, Task]):
@@ -53,7 +61,7 @@ class Placing:
         in_prompt, bias = np.zeros(shape, bool), np.zeros(shape, np.float32)
         row, use = np.zeros(self.shards, np.int32), np.zeros(self.shards, bool)
         for shard, task in tasks.items():
-            row[shard], use[shard] = task.row - shard * self._each, True
+            row[shard], use[shard] = task.row % self._each, True
             in_prompt[shard, list(task.prompt)] = True
             for token, value in task.options.logit_bias:
                 bias[shard, token] = value

@@ -1,13 +1,13 @@
 """What the engine runs on the devices: parts of prompts, decoding steps, and moving of rows.
 
-    extend  a part of one row's prompt on each device that the cache's rows are split over: fills
-            the cache, and makes a row's first token where its prompt ends
+    extend  parts of prompts, in as many lanes on each device that the cache's rows are split over:
+            fills the cache, and makes a row's first token where its prompt ends
     decode  one more token for every row that is live
     admit   what a row remembers of its prompt and has as bias, where a request asks for it
     copy    the cache of one row into another, for a prompt that begins as one before it
 
-Padding, rows that are not live and devices without a part to extend belong to segment 0: no expert
-works on them, and nothing of them is written.
+Padding, rows that are not live and lanes without a part belong to segment 0: no expert works on
+them, and nothing of them is written.
 """
 
 from __future__ import annotations
@@ -73,18 +73,18 @@ class Progress(NamedTuple):
 
 
 class Lanes(NamedTuple):
-    """Parts of prompts, one on each of the X devices that rows are split over."""
+    """Parts of prompts in Y lanes, which are split as the batch is."""
 
-    tokens_XL: jax.Array
-    next_XL: jax.Array
+    tokens_YL: jax.Array
+    next_YL: jax.Array
     """The token after each, whose log-probability is wanted where prompts are scored."""
-    row_X: jax.Array
+    row_Y: jax.Array
     """Which row, counted on the device."""
-    start_X: jax.Array
+    start_Y: jax.Array
     """Place of the first token."""
-    count_X: jax.Array
-    """Tokens; 0 where a device has nothing to do."""
-    last_X: jax.Array
+    count_Y: jax.Array
+    """Tokens; 0 where a lane has nothing to do."""
+    last_Y: jax.Array
     """Whether the prompt ends here, and an answer begins."""
 
 
@@ -96,7 +96,7 @@ class Made(NamedTuple):
     logprobs: LogProbabilities
     """Of these tokens, where any row wants them; otherwise zeros."""
     prompt: LogProbabilities | None
-    """Of next_XL, where prompts are scored: a dimension L after the first."""
+    """Of next_YL, where prompts are scored: a dimension L after the first."""
 
 
 def functions(graphdef: nnx.GraphDef) -> dict[str, Callable]:
@@ -134,36 +134,31 @@ def empty(model: Mixtral, rows: int, places: int, dtype: jnp.dtype | None = None
 
 
 def extend(graphdef, params, progress: Progress, rows: Rows, lanes: Lanes, *, score: bool = False):
-    """Run one part of a prompt on each device; see the module."""
+    """Run parts of prompts; see the module."""
     model: Mixtral = nnx.merge(graphdef, params)
-    places_1L = jnp.arange(lanes.tokens_XL.shape[1], dtype=jnp.int32)[None]
-    positions_XL = lanes.start_X[:, None] + places_1L
-    segments_XL = (places_1L < lanes.count_X[:, None]).astype(jnp.int32)
-    last_X = jnp.maximum(lanes.count_X - 1, 0)
-    at = None if score else last_X
-    out = model.forward(lanes.tokens_XL, positions_XL, segments_XL, progress.cache, at, lanes.row_X)
-    logits_XLV = sharding.shard(out.logits_BLV, "batch", None, None)
+    places_1L = jnp.arange(lanes.tokens_YL.shape[1], dtype=jnp.int32)[None]
+    positions_YL = lanes.start_Y[:, None] + places_1L
+    segments_YL = (places_1L < lanes.count_Y[:, None]).astype(jnp.int32)
+    last_Y = jnp.maximum(lanes.count_Y - 1, 0)
+    at = None if score else last_Y
+    out = model.forward(lanes.tokens_YL, positions_YL, segments_YL, progress.cache, at, lanes.row_Y)
+    logits_YLV = sharding.shard(out.logits_BLV, "batch", None, None)
 
-    def body(logits_XLV, last_X, lanes, rows, progress):
+    def body(logits_YLV, last_Y, lanes, rows, progress):
         prompt = None
         if score:
-            width = logits_XLV.shape[-1]
-            flat = log_probabilities(
-                logits_XLV.reshape(-1, width), lanes.next_XL.reshape(-1), min(TOP, width)
-            )
-            length = logits_XLV.shape[1]
-            prompt = jax.tree.map(lambda a: a.reshape(1, length, *a.shape[1:]), flat)
-            logits_XLV = lax.dynamic_slice_in_dim(logits_XLV, last_X[0], 1, axis=1)
-        row = lanes.row_X[0]
-        mine, own = jax.tree.map(partial(_row, row), (rows, progress))
+            prompt = _of_each(logits_YLV, lanes.next_YL)
+            logits_YLV = jnp.take_along_axis(logits_YLV, last_Y[:, None, None], axis=1)
+        mine, own = jax.tree.map(lambda array: array[lanes.row_Y], (rows, progress))
         own = own._replace(made_B=jnp.zeros_like(own.made_B))
-        token_1, logprobs, own = _choose(logits_XLV[:, 0], mine, own, lanes.last_X)
-        own = own._replace(position_B=lanes.start_X + lanes.count_X)
-        changed = jax.tree.map(partial(_put_row, row, lanes.last_X), progress, own)
-        return changed, Made(token_1, logprobs, prompt)
+        token_Y, logprobs, own = _choose(logits_YLV[:, 0], mine, own, lanes.last_Y)
+        own = own._replace(position_B=lanes.start_Y + lanes.count_Y)
+        to_Y = jnp.where(lanes.last_Y, lanes.row_Y, progress.token_B.size)  # others: dropped
+        changed = jax.tree.map(lambda a, new: a.at[to_Y].set(new, mode="drop"), progress, own)
+        return changed, Made(token_Y, logprobs, prompt)
 
     small = progress._replace(cache=None)
-    small, made = _on_each_device(body, logits_XLV, last_X, lanes, rows, small)
+    small, made = _on_each_device(body, logits_YLV, last_Y, lanes, rows, small)
     return small._replace(cache=out.cache), _shown(made)
 
 
@@ -242,19 +237,23 @@ def _on_each_device(body: Callable, *arguments):
     return jax.shard_map(body, in_specs=rows, out_specs=rows, check_vma=False)(*arguments)
 
 
-def _row(row, array):
-    return lax.dynamic_slice_in_dim(array, row, 1)
-
-
 def _put_row(row, use_1, array, new):
     """An array with a new row, if it is to be used."""
     use = use_1.reshape((1,) * new.ndim)
-    chosen = jnp.where(use, new, _row(row, array)).astype(array.dtype)
+    before = lax.dynamic_slice_in_dim(array, row, 1)
+    chosen = jnp.where(use, new, before).astype(array.dtype)
     return lax.dynamic_update_slice_in_dim(array, chosen, row, axis=0)
 
 
 def _shown(made: Made) -> Made:
     return jax.tree.map(lambda a: sharding.shard(a, *[None] * a.ndim), made)
+
+
+def _of_each(logits_YLV, token_YL) -> LogProbabilities:
+    """Log-probabilities of a token at each place, with a dimension L after the first."""
+    width = logits_YLV.shape[-1]
+    flat = log_probabilities(logits_YLV.reshape(-1, width), token_YL.reshape(-1), min(TOP, width))
+    return jax.tree.map(lambda a: a.reshape(*token_YL.shape, *a.shape[1:]), flat)
 
 
 def _choose(logits_BV, rows: Rows, progress: Progress, live_B):

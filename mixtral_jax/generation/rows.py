@@ -10,6 +10,8 @@ from mixtral_jax.generation.answering import Task
 from mixtral_jax.model.cache import ROUND
 
 LEAST_PART = 16
+MOST_LANES = 8
+"""Prompts that a device runs parts of at a time."""
 COPY = 32
 """Tokens in common from which it pays to copy another row's cache."""
 
@@ -40,18 +42,18 @@ def choose(
     Returns:
       (its row, tokens of the prompt that are there, a row to copy them from first or None).
     """
-    common = [_common(row.written, prompt) for row in rows]
+    shared = [common(row.written, prompt) for row in rows]
     oldest = min(free, key=lambda i: rows[i].used)
-    own = max(free, key=lambda i: (common[i], -rows[i].used))
-    best = max(range(len(rows)), key=lambda i: common[i])
-    if common[best] >= common[own] + COPY:
-        return oldest, common[best], best
-    if common[own] >= LEAST_PART:
-        return own, common[own], None
+    own = max(free, key=lambda i: (shared[i], -rows[i].used))
+    best = max(range(len(rows)), key=lambda i: shared[i])
+    if shared[best] >= shared[own] + COPY:
+        return oldest, shared[best], best
+    if shared[own] >= LEAST_PART:
+        return own, shared[own], None
     return oldest, 0, None
 
 
-def _common(written: Sequence[int], prompt: Sequence[int]) -> int:
+def common(written: Sequence[int], prompt: Sequence[int]) -> int:
     """How many tokens two sequences have in common at their beginning."""
     count = min(len(written), len(prompt))
     differ = np.flatnonzero(np.asarray(written[:count]) != np.asarray(prompt[:count]))
@@ -72,3 +74,9 @@ def length_of(tokens: int, room: int | None = None) -> int:
     while length < tokens and (room is None or 2 * length <= room):
         length *= 2
     return length
+
+
+def lanes_of(length: int, part: int) -> int:
+    """Lanes of a device where several prompts run together: with twice the tokens of one part, as
+    prompts that end leave places empty."""
+    return min(MOST_LANES, max(1, 2 * part // length))

@@ -24,9 +24,9 @@ class Step(NamedTuple):
     """Of one layer, or of all with a layer dimension in front."""
     layer: jax.Array | None
     """Which layer; None where the cache is of one."""
-    row_X: jax.Array | None
-    """Rows of the cache, one on each of the devices that it is split over, counted on the device:
-    those that the batch is about. None: the batch is all rows."""
+    row_B: jax.Array | None
+    """The row of the cache that each row of the batch is about, counted on its device; no
+    two the same, but for rows of which nothing is real. None: the batch is all rows."""
     positions_BL: jax.Array
     real_BL: jax.Array
 
@@ -42,19 +42,33 @@ def _attend(q_BLKGH, k_BLKH, v_BLKH, step: Step):
     rows, heads = sharding.spec("batch"), sharding.spec("batch", None, "heads")
     cached = jax.tree.map(lambda a: spec_of(step.layer is not None), step.cache)
     nothing = sharding.spec()
-    inputs = (step.cache, step.layer, step.row_X, step.positions_BL, step.real_BL)
+    inputs = (step.cache, step.layer, step.row_B, step.positions_BL, step.real_BL)
     specs = Step(
         cached,
         None if step.layer is None else nothing,
-        None if step.row_X is None else rows,
+        None if step.row_B is None else rows,
         rows,
         rows,
     )
 
-    def body(q_BLKGH, k_BLKH, v_BLKH, cache, layer, row_X, positions_BL, real_BL):
-        where = kernel.Where(layer, None if row_X is None else row_X[0])
+    def some_rows(q_BLKGH, k_BLKH, v_BLKH, cache, layer, row, positions_BL, real_BL):
+        where = kernel.Where(layer, row)
         cache = kernel.write(cache, k_BLKH, v_BLKH, positions_BL, real_BL, where)
         return kernel.attention(q_BLKGH, cache, positions_BL, where), cache
+
+    def body(q_BLKGH, k_BLKH, v_BLKH, cache, layer, row_B, positions_BL, real_BL):
+        if row_B is None:
+            return some_rows(q_BLKGH, k_BLKH, v_BLKH, cache, layer, None, positions_BL, real_BL)
+
+        def one_row(cache, of_row):
+            row, *rest = of_row
+            q, k, v, positions, real = (array[None] for array in rest)
+            out, cache = some_rows(q, k, v, cache, layer, row, positions, real)
+            return cache, out[0]
+
+        each = (row_B, q_BLKGH, k_BLKH, v_BLKH, positions_BL, real_BL)
+        cache, out_BLKGH = jax.lax.scan(one_row, cache, each, unroll=row_B.size == 1)
+        return out_BLKGH, cache
 
     run = jax.shard_map(
         body,

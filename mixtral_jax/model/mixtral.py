@@ -138,7 +138,7 @@ class Mixtral(nnx.Module):
         segments_BL: jax.Array | None = None,
         cache: Cached | tuple[Cached, ...] | None = None,
         logits_at_B: jax.Array | None = None,
-        row_X: jax.Array | None = None,
+        row_B: jax.Array | None = None,
     ) -> Forward:
         """One pass.
 
@@ -150,15 +150,15 @@ class Mixtral(nnx.Module):
           cache: keys and values so far, written to at positions_BL where segments_BL are not 0;
             from `empty_cache`. Then attention goes to all that a row holds up to each position.
           logits_at_B: if given, compute logits only at this index of each row (L becomes 1).
-          row_X: if given, the batch is one row for each device that it is split over, about that
-            row of the cache, counted on the device.
+          row_B: if given, the row of the cache that each row of the batch is about, counted on
+            its device; no two the same there, but for rows without a token.
         """
         if positions_BL is None:
             positions_BL = jnp.zeros_like(tokens_BL) + jnp.arange(tokens_BL.shape[1])[None]
         if segments_BL is None:
             segments_BL = jnp.ones_like(tokens_BL)
         x_BLD = self._embed(tokens_BL)
-        step = Step(cache, None, row_X, positions_BL, segments_BL > 0)
+        step = Step(cache, None, row_B, positions_BL, segments_BL > 0)
         run = self._run_layers if isinstance(self.layers, Block) else self._run_list
         x_BLD, statistics, cache = run(x_BLD, positions_BL, segments_BL, step)
         if logits_at_B is not None:

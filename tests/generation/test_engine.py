@@ -171,7 +171,7 @@ def test_a_row_that_ends_costs_no_expert_work_and_frees_its_place(expected, monk
     assert [a.tokens for a in answers] == [expected[0][:stop], expected[1][:3], expected[2]]
     assert [a.finish_reason for a in answers] == ["stop", "length", "length"]
     assert [a.stop for a in answers] == [None] * 3
-    assert [count for part, count in live if part] == [len(prompt) for prompt in PROMPTS]
+    assert [count for part, count in live if part] == [sum(map(len, PROMPTS))]
     # The step that makes EOS still computes: so many rows are live in each later step.
     decoding = [(i <= stop) + (i < 3) + 1 for i in range(1, NEW)]
     assert [count for part, count in live if not part] == decoding
