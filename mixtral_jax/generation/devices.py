@@ -18,12 +18,10 @@ from mixtral_jax.generation.programs import Made, Progress, Rows
 class Devices:
     """A model's parameters, the progress of its rows, and the programs that move it on."""
 
-    def __init__(
-        self, graphdef: nnx.GraphDef, params: nnx.State, progress: Progress, placing: Placing
-    ):
+    def __init__(self, programs: Programs, params: nnx.State, progress: Progress, placing: Placing):
         self.params = params
         self.progress = progress
-        self._programs = Programs(graphdef, placing.mesh)
+        self._programs = programs
         self._placing = placing
         self._asked: list[Task | None] | None = None
         self._rows: Rows | None = None

@@ -7,8 +7,8 @@ others go on. What a row's cache holds stays there: a prompt that begins as one 
 row, in use or not, begins where they differ.
 
 Shapes are few: parts of 16, 32, 64 ... tokens up to `part`, of one prompt on each device or of as
-many as `lanes_of` says, and one decoding step of all rows. They are compiled when first used, or
-all by `warm_up`.
+many as `rows.lanes_of` says, and one decoding step of all rows. They are compiled when first used,
+or all by `warm_up`.
 
 The devices are one turn ahead of the host: a turn begins before the host has read what the one
 before it made. An answer that ends by what the model says costs one step in vain.
@@ -30,6 +30,7 @@ from mixtral_jax import sharding
 from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.generation.answering import Event, Task
+from mixtral_jax.generation.compiled import Programs, small_products
 from mixtral_jax.generation.devices import Devices
 from mixtral_jax.generation.placing import Placing, rows_that_fit
 from mixtral_jax.generation.programs import Made, empty
@@ -123,14 +124,17 @@ class Engine:
                 "context, or cache_dtype=int8"
             )
         self.rows = min(-(-(rows or ROWS) // self._shards) * self._shards, fit)
-        if self._mesh.devices.flat[0].platform == "cpu":
-            model = unstacked(model)
+        on_cpu, alone = self._mesh.devices.flat[0].platform == "cpu", self.rows == self._shards
+        if on_cpu:
+            model = unstacked(model, transposed=alone)
         graphdef, params = nnx.split(model)
         with jax.set_mesh(self._mesh):
             make = partial(empty, model, self.rows, self._places, dtype)
             progress = jax.jit(make)()
         self._placing = Placing(self._mesh, self.rows, self._shards)
-        self._devices = Devices(graphdef, params, progress, self._placing)
+        options = small_products() if on_cpu and not alone else {}
+        programs = Programs(graphdef, self._mesh, options)
+        self._devices = Devices(programs, params, progress, self._placing)
         self._routing = Routing(graphdef, self.config, self._placing)
         self._rows = [Row() for _ in range(self.rows)]
         self._lanes: list[list[Task]] = [[] for _ in range(self._shards)]
@@ -198,7 +202,7 @@ class Engine:
         """Compile every shape that serving may need, those of scored prompts too if asked to."""
         length = LEAST_PART
         while length <= min(self._part, self._places):
-            for lanes in {1, lanes_of(length, self._part)}:
+            for lanes in {1, self._lanes_of(length)}:
                 self._devices.extend(self._asked(), {}, (lanes, length), False)
             if score:
                 self._devices.extend(self._asked(), {}, (1, length), True)
@@ -324,7 +328,7 @@ class Engine:
         length = length_of(min(max(map(_left, first)), self._part), room)
         score = any(task.options.prompt_logprobs is not None for task in first)
         several = not score and max(map(len, self._lanes)) > 1
-        each = lanes_of(length, self._part) if several else 1
+        each = self._lanes_of(length) if several else 1
         parts: dict[int, tuple[Task, int, int, bool]] = {}
         for shard, lanes in enumerate(self._lanes):
             chosen = [
@@ -351,6 +355,9 @@ class Engine:
         return Turn(made, tasks, {lane: part[1:] for lane, part in parts.items()}), int(
             tokens.max()
         )
+
+    def _lanes_of(self, length: int) -> int:
+        return lanes_of(length, self._part, self.rows // self._shards)
 
     def _read(self, turn: Turn) -> Iterator[Event]:
         """What a turn made, for its tasks."""

@@ -76,7 +76,9 @@ def length_of(tokens: int, room: int | None = None) -> int:
     return length
 
 
-def lanes_of(length: int, part: int) -> int:
-    """Lanes of a device where several prompts run together: with twice the tokens of one part, as
-    prompts that end leave places empty."""
-    return min(MOST_LANES, max(1, 2 * part // length))
+def lanes_of(length: int, part: int, rows: int) -> int:
+    """Lanes of a device with so many rows, where several prompts run together.
+
+    With places for twice the tokens of one part, as prompts that end leave some empty.
+    """
+    return min(MOST_LANES, rows, max(1, 2 * part // length))

@@ -16,8 +16,9 @@ from jax import lax
 from mixtral_jax.kernels import int8, vary_like
 from mixtral_jax.kernels.rows import starts
 
-MOST_ROWS = 128  # in a block
-FEW = 4
+LEAST_ROWS, MOST_ROWS = 16, 64
+"""In a block of more than one: 2 to 16 rows take as long, and more than 64 run no faster."""
+FEW = 2
 """Rows an expert, on average, up to which each is a block: a vector times a matrix runs at the
 speed of reading it, and again from the cache; a product of 2 to 16 rows takes 2 to 4 times that."""
 FEW_INT8 = 2
@@ -28,7 +29,8 @@ def block_rows(rows: int, experts: int, few: int = FEW) -> int:
     """Rows in a block: what an expert has on average, in powers of two; one where that is few."""
     if rows <= few * experts:
         return 1
-    return min(MOST_ROWS, 1 << (rows // experts - 1).bit_length(), rows)
+    average = 1 << (rows // experts - 1).bit_length()
+    return min(max(LEAST_ROWS, average), MOST_ROWS, rows)
 
 
 def experts(

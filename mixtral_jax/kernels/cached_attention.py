@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mixtral_jax.kernels import platform
+
 BLOCK = 512
 """Places of a cache that are read at a time; one that is no longer is read whole."""
+FEW = 8
+"""Queries of a kv head up to which XLA:CPU is faster with one at a time: it copies keys into an
+order of its own for the product of a few rows, not for a vector."""
 MASKED = -1e30  # finite: a block in which a query may see nothing
 
 
@@ -125,9 +131,7 @@ def attention(q_BLKGH: jax.Array, cache: Cached, positions_BL: jax.Array, where:
         most_BKQ, total_BKQ, sum_BKQH = carry
         first = jnp.minimum(i * block, slots - block)
         k, v, k_scale, v_scale = (_take(a, first, block, where) for a in cache)
-        scores = jnp.einsum(
-            "BKQH,BKSH->BKQS", q_BKQH, k.astype(q_BKQH.dtype), preferred_element_type=jnp.float32
-        )
+        scores = _products(q_BKQH, k.astype(q_BKQH.dtype))
         if k_scale is not None:
             scores = scores * k_scale[:, :, None]
         places_11S = (first + jnp.arange(block))[None, None]
@@ -156,6 +160,15 @@ def attention(q_BLKGH: jax.Array, cache: Cached, positions_BL: jax.Array, where:
         _, total_BKQ, sum_BKQH = lax.fori_loop(0, blocks, one_block, init)
     out = (sum_BKQH / total_BKQ[..., None]).astype(q_BLKGH.dtype)
     return out.reshape(batch, heads, groups, length, width).transpose(0, 3, 1, 2, 4)
+
+
+def _products(q_BKQH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
+    """float32 scores_BKQS."""
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    if platform() == "cpu" and q_BKQH.shape[2] <= FEW:
+        of_each = [product("BKSH,BKH->BKS", k_BKSH, q_BKH) for q_BKH in jnp.moveaxis(q_BKQH, 2, 0)]
+        return jnp.stack(of_each, axis=2)
+    return product("BKQH,BKSH->BKQS", q_BKQH, k_BKSH)
 
 
 def _take(array: jax.Array | None, first, block: int, where: Where) -> jax.Array | None:

@@ -19,15 +19,16 @@ from mixtral_jax.model.int8 import Int8
 from mixtral_jax.model.mixtral import Mixtral, compute_dtype
 
 
-def unstacked(model: Mixtral) -> Mixtral:
+def unstacked(model: Mixtral, transposed: bool = True) -> Mixtral:
     """The same model with its layers in a list, and the matrices of each expert apart.
 
     Args:
       model: its parameters lie on a mesh of CPU devices.
+      transposed: whether the head is to be head_VD: faster for one row.
     Returns:
       A model for `forward`, with arrays of at least the type that it computes in. They share the
       memory of the given model's where they have the same type and begin where XLA wants arrays to
-      begin, at multiples of 64 bytes. The head is transposed, so a copy. What is in int8 stays so.
+      begin, at multiples of 64 bytes; a transposed head is a copy. What is in int8 stays so.
     """
     widen = partial(_placed, dtype=compute_dtype(model.config))
     graphdef, params = nnx.split(model)
@@ -42,7 +43,10 @@ def unstacked(model: Mixtral) -> Mixtral:
         return new
     head_DV = _whole(new.head_DV, widen)
     del new.head_DV
-    new.head_VD = _transposed(head_DV)
+    if transposed:
+        new.head_VD = _transposed(head_DV)
+    else:
+        new.head_DV = head_DV
     return new
 
 

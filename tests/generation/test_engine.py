@@ -13,6 +13,7 @@ from tiny import MODEL
 
 from mixtral_jax import sharding
 from mixtral_jax.config import InputError
+from mixtral_jax.generation import compiled
 from mixtral_jax.generation import engine as engines
 from mixtral_jax.generation.engine import Engine
 from mixtral_jax.generation.request import Options, Request
@@ -191,10 +192,11 @@ def test_a_request_takes_the_place_of_one_that_has_ended():
 def test_a_long_prompt_does_not_stall_the_others(expected):
     """Its parts come between steps: the short answer goes on, and ends before the long begins."""
     engine = engine_on(MESHES[0])
-    seen = [event.request for event in engine.run(requests(GREEDY, [PROMPTS[2], LONG]))]
+    new = (2, *LONG[1:])  # of which no row holds anything
+    seen = [event.request for event in engine.run(requests(GREEDY, [PROMPTS[2], new]))]
     before = seen.index(1)
     assert seen[:before] == [0] * before
-    assert before >= len(LONG) // PART
+    assert before >= len(new) // PART
     assert engine._places == 80  # neither 54 x 54 scores nor a longer cache
 
 
@@ -216,6 +218,21 @@ def test_a_prompt_begins_where_it_differs_from_one_before_it(sizes):
         assert answer.tokens == fresh.generate([Request(prompt, fresh_one)])[0][0].tokens
     own = len(shared) + 1 + NEW - 1  # all but the last token that was made
     assert [a.cached_tokens for a in made] == [own, 40, 40, 39, 40]
+
+
+def test_a_prompt_waits_for_what_it_shares_with_one_that_is_run():
+    """It is computed once, and a prompt that shares nothing goes ahead of those that wait."""
+    engine = Engine(model_on(sharding.make_mesh(1, 1, 2, 1)), rows=4, part=PART)
+    shared = LONG[:40]
+    prompts = [(*shared, 5), (*shared, 6, 7), (3, 2, 1), (*shared, 8)]
+    events = list(engine.run(requests(GREEDY, prompts)))
+    answers = {event.request: event.answer for event in events if event.answer is not None}
+    assert [answers[i].cached_tokens for i in range(4)] == [0, 32, 0, 32]  # whole parts
+    order = list(dict.fromkeys(event.request for event in events))
+    assert order[:2] == [2, 0]
+    fresh = Engine(model_on(sharding.make_mesh(1, 1, 2, 1)), rows=2, part=PART)
+    for i, prompt in enumerate(prompts):
+        assert answers_of(fresh, requests(GREEDY, [prompt])) == [answers[i].tokens]
 
 
 def test_what_a_request_leaves_behind_does_not_reach_the_next():
@@ -398,3 +415,13 @@ def test_a_model_that_drops_tokens_is_refused(name):
 def test_impossible_sizes_are_named(wrong, said):
     with pytest.raises(InputError, match=said):
         Engine(model_on(sharding.make_mesh()), **wrong)
+
+
+def test_programs_compile_where_xla_knows_no_option_for_small_products(monkeypatch):
+    assert compiled.small_products.__wrapped__() == {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+    def refuse(*args, **options):
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: No such compile option")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    assert compiled.small_products.__wrapped__() == {}

@@ -65,9 +65,9 @@ def test_what_lies_past_the_rows_in_use_and_idle_experts_are_not_read():
 
 
 def test_blocks_are_of_one_row_where_rows_are_few_and_of_the_mean_elsewhere():
-    assert [apart.block_rows(rows, 8) for rows in (1, 2, 16, 32)] == [1, 1, 1, 1]
-    assert [apart.block_rows(rows, 8) for rows in (33, 64, 65, 256, 257)] == [4, 8, 8, 32, 32]
-    assert [apart.block_rows(rows, 8) for rows in (1025, 10**6)] == [128, 128]
+    assert [apart.block_rows(rows, 8) for rows in (1, 2, 15, 16)] == [1, 1, 1, 1]
+    assert [apart.block_rows(rows, 8) for rows in (17, 64, 128, 137, 264)] == [16, 16, 16, 32, 64]
+    assert [apart.block_rows(rows, 8) for rows in (512, 10**6)] == [64, 64]
     assert apart.block_rows(5, 1) == 5
 
 
