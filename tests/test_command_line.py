@@ -12,6 +12,7 @@ import time
 
 import pytest
 import yaml
+from processes import environment, on_two_hosts
 
 import train
 from mixtral_jax import config_io, sharding
@@ -49,12 +50,6 @@ def config_file(tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY))
     return path
-
-
-def environment(**more):
-    """This process's, without its devices; compiling in a hurry, as the other tests do."""
-    here = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
-    return {**here, "JAX_DISABLE_MOST_OPTIMIZATIONS": "true", **more}
 
 
 def run_train(config, *overrides, env=None, check=True):
@@ -206,21 +201,9 @@ def test_a_killed_run_goes_on_bit_for_bit(config_file, tmp_path):
 
 
 def run_on_two_hosts(config, *overrides, port):
-    """Two processes of four devices each."""
+    """What two processes of four devices each say."""
     command = [sys.executable, "train.py", "--config", str(config), *overrides]
-    processes = []
-    for rank in range(2):
-        env = {
-            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-            "JAX_NUM_PROCESSES": "2",
-            "JAX_PROCESS_ID": str(rank),
-        }
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(**env), **pipes)
-        processes.append(process)
-    outputs = [process.communicate(timeout=400)[0].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    return outputs
+    return [said for said, _ in on_two_hosts(command, port)]
 
 
 @pytest.mark.slow

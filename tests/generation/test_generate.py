@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import on_two_hosts
 from tiny import MODEL
 
 import generate
@@ -64,6 +65,25 @@ def test_the_script_prints_the_answer_alone(run, answers):
     assert "on 2 x cpu" in said
     assert "tokens/s" in said
     assert re.search(r"^first token [\d.]+ s after the start: .*, prefill [\d.]+ s$", said, re.M)
+
+
+@pytest.mark.slow
+def test_two_hosts_answer_as_one(run, answers, tmp_path, unused_port):
+    """2 processes x 2 devices, and more requests than rows: the first says it all."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    arguments = ["--checkpoint", run, *GREEDY, "--prompt-file", path, "--rows", "2"]
+    mesh = ["mesh.data=2", "mesh.expert=2", "--format", "jsonl"]
+    command = [sys.executable, "generate.py", *map(str, arguments), *mesh]
+    (first, said), (second, _) = on_two_hosts(command, unused_port, subprocess.PIPE)
+    assert lines_of(second) == []
+    assert [json.loads(line)["text"] for line in lines_of(first)] == answers
+    assert "on 4 x cpu" in said
+
+
+def lines_of(out):
+    """Of JSON: Gloo, which connects the hosts' CPUs, speaks on standard output as well."""
+    return [line for line in out.splitlines() if line.startswith("{")]
 
 
 def test_the_script_reports_a_mistake_in_one_line(tmp_path):

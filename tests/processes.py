@@ -1,0 +1,30 @@
+"""The commands in processes of their own, on a plain CPU."""
+
+import os
+import pathlib
+import subprocess
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def environment(**more):
+    """This process's, without its devices; compiling in a hurry, as the other tests do."""
+    here = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"}
+    return {**here, "JAX_DISABLE_MOST_OPTIMIZATIONS": "true", **more}
+
+
+def on_two_hosts(command, port, stderr=subprocess.STDOUT):
+    """[(stdout, stderr)] of two processes that are one run; each has half of the devices."""
+    processes = []
+    for rank in range(2):
+        env = {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(rank),
+        }
+        pipes = {"stdout": subprocess.PIPE, "stderr": stderr, "text": True}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(**env), **pipes)
+        processes.append(process)
+    outputs = [process.communicate(timeout=400) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return outputs
