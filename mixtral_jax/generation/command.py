@@ -26,7 +26,7 @@ from mixtral_jax.interop.folders import recognise
 from mixtral_jax.interop.models import open_checkpoint
 from mixtral_jax.model.mixtral import chosen_kernels
 
-MOST_ROWS = 16
+MOST_ROWS = 64
 """Answers in progress at a time, where nothing else is asked for."""
 
 

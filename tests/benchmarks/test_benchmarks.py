@@ -122,6 +122,16 @@ def test_decode(command, tiny):
         assert line["read_bytes"] == 4 * (384 + 64 + 48 + 1024 + used * 1152 + rows)
 
 
+def test_long_prompt(command, tiny):
+    """Parts of 16 of a prompt of 40: the other rows make a token after each."""
+    sizes = ("--prompt", "40", "--part", "16", "--others", "2")
+    (line,) = command("long_prompt", "--config", tiny, *sizes)
+    assert line["scores_bytes"] == 4 * 2 * 40**2
+    assert line["cache_bytes"] == 3 * 8 * 4 * 64  # 41 places and 16 more, rounded up
+    assert 0 < line["median_gap_seconds"] <= line["longest_gap_seconds"] < line["seconds"]
+    assert 0 < line["median_gap_alone_seconds"] <= line["longest_gap_alone_seconds"]
+
+
 def test_peers(command, tiny):
     """The limit by itself: a process of its own that takes its turns."""
     (line,) = command(
