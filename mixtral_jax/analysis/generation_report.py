@@ -1,11 +1,11 @@
 """What prefill and decode take on a TPU slice, from its compiler alone.
 
 The two programs of generation/programs.py for one batch whose prompts are all of one length, priced
-as a training step is (compile_report.py): a part of a prompt on each device that the batch is split
-over, at most --part tokens, and a decoding step of all sequences. Beside the estimate of a decoding
-step stands its limit: the time that reading what it must read takes at the chip's memory bandwidth,
-namely a device's share of the weights, of the experts those that the batch visits if it visits them
-at random, and its share of the cache.
+as a training step is (compile_report.py): parts of prompts on each device that the batch is split
+over, at most --part tokens of each, and a decoding step of all sequences. Beside the estimate of a
+decoding step stands its limit: the time that reading what it must read takes at the chip's memory
+bandwidth, namely a device's share of the weights, of the experts those that the batch visits if it
+visits them at random, and its share of the cache.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mixtral_jax.analysis.memory import bytes_of, memory_of
 from mixtral_jax.config import Config, InputError, ModelConfig
 from mixtral_jax.generation.engine import PART
 from mixtral_jax.generation.programs import ENDS, Lanes, Rows, empty, functions
-from mixtral_jax.generation.rows import length_of
+from mixtral_jax.generation.rows import lanes_of, length_of
 from mixtral_jax.generation.sampling import Parameters
 from mixtral_jax.kernels import cached_attention
 from mixtral_jax.model.cache import places
@@ -48,6 +48,10 @@ class Batch(NamedTuple):
     def length(self) -> int:
         """Tokens of the part that prefill runs: a power of two, as the engine has them."""
         return length_of(min(self.prompt_length, self.part))
+
+    def lanes(self, shards: int) -> int:
+        """Prompts that a device runs a part of at a time, where all of them come at once."""
+        return lanes_of(self.length, self.part, self.sequences // shards)
 
 
 def read_config(path: str, overrides: Sequence[str]) -> Config:
@@ -86,7 +90,7 @@ def two_programs(model: ModelConfig, mesh: jax.sharding.Mesh, batch: Batch) -> d
         state,
         sharding.param_shardings(state, mesh),
     )
-    rows, lanes, alive = abstract_inputs(mesh, batch.sequences, batch.length)
+    rows, lanes, alive = abstract_inputs(mesh, batch)
     size = places(min(batch.prompt_length + batch.max_new_tokens, model.max_position_embeddings))
     with jax.set_mesh(mesh):
         whole = nnx.merge(graphdef, state)
@@ -105,9 +109,10 @@ def two_programs(model: ModelConfig, mesh: jax.sharding.Mesh, batch: Batch) -> d
 
 
 def abstract_inputs(
-    mesh: jax.sharding.Mesh, sequences: int, length: int
+    mesh: jax.sharding.Mesh, batch: Batch
 ) -> tuple[Rows, Lanes, jax.ShapeDtypeStruct]:
-    """Shapes of (rows, lanes, alive_B) for a cache with so many rows, and parts so long."""
+    """Shapes of (rows, lanes, alive_B), a row for each sequence."""
+    sequences = batch.sequences
     with jax.set_mesh(mesh):
         shards = sharding.batch_shards()
 
@@ -119,8 +124,9 @@ def abstract_inputs(
     wanted = array(bool, sequences)
     ends = array(jnp.int32, sequences, ENDS)
     rows = Rows(array(jnp.uint32, sequences), whole, ends, wanted, parameters)
-    tokens, one = array(jnp.int32, shards, length), array(jnp.int32, shards)
-    return rows, Lanes(tokens, tokens, one, one, one, array(bool, shards)), wanted
+    lanes = shards * batch.lanes(shards)
+    tokens, one = array(jnp.int32, lanes, batch.length), array(jnp.int32, lanes)
+    return rows, Lanes(tokens, tokens, one, one, one, array(bool, lanes)), wanted
 
 
 def generation_report(
@@ -144,7 +150,8 @@ def generation_report(
             found.update(estimates(price_of(kind, config, mesh, target, batch), target))
             tokens = batch.sequences
             if kind == "prefill":
-                tokens = config.mesh.batch_shards * batch.length
+                shards = config.mesh.batch_shards
+                tokens = shards * batch.lanes(shards) * batch.length
             speed = tokens / target.chips / found["estimated_step_seconds"]
             found["estimated_tokens_per_second_per_chip"] = speed
         report[kind] = found
@@ -165,7 +172,7 @@ def price_of(
     model = config.model.dropless()
     tokens = batch.sequences // config.mesh.batch_shards
     if kind == "prefill":
-        tokens = batch.length
+        tokens = batch.lanes(config.mesh.batch_shards) * batch.length
     share = prices.share_in_use(model, mesh, tokens)
 
     def of_layers(layers: int) -> prices.Price:

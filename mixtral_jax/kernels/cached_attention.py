@@ -31,13 +31,19 @@ _in_blocks = True
 
 @contextlib.contextmanager
 def whole() -> Iterator[None]:
-    """Programs traced in here read whole caches, however long: to be priced, as loops cannot be."""
+    """Programs traced in here read whole caches, however long, and run one row's part after
+    another without a loop: to be priced, as loops cannot be."""
     global _in_blocks
     before, _in_blocks = _in_blocks, False
     try:
         yield
     finally:
         _in_blocks = before
+
+
+def in_blocks() -> bool:
+    """False in `whole`."""
+    return _in_blocks
 
 
 class Cached(NamedTuple):

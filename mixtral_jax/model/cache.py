@@ -67,7 +67,8 @@ def _attend(q_BLKGH, k_BLKH, v_BLKH, step: Step):
             return cache, out[0]
 
         each = (row_B, q_BLKGH, k_BLKH, v_BLKH, positions_BL, real_BL)
-        cache, out_BLKGH = jax.lax.scan(one_row, cache, each, unroll=row_B.size == 1)
+        unroll = row_B.size == 1 or not kernel.in_blocks()
+        cache, out_BLKGH = jax.lax.scan(one_row, cache, each, unroll=unroll)
         return out_BLKGH, cache
 
     run = jax.shard_map(

@@ -26,6 +26,7 @@ def test_parts_and_decoding_compile_for_tpu(tpu_mesh):
     config = dataclasses.replace(MODEL, max_position_embeddings=1024)
     batch = generation_report.Batch(BATCH, LENGTH, NEW, part=32)
     programs = generation_report.two_programs(config, tpu_mesh, batch)
+    assert programs["prefill"].arguments[3].tokens_YL.shape == (8, 32)  # two prompts a device
     progress = programs["decode"].arguments[1]
     cache = progress.cache.k_BKSH
     assert cache.shape == (2, BATCH, 2, 1024, 6)  # in blocks of 512
