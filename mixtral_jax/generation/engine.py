@@ -211,6 +211,17 @@ class Engine:
         self._devices.copy(0, 0)
         self._devices.mark({})
 
+    def forget(self) -> None:
+        """Let no later prompt use what the rows hold.
+
+        Raises:
+          RuntimeError: if it is answering.
+        """
+        if self._busy:
+            raise RuntimeError("the engine is answering: let it end before it forgets")
+        for row in self._rows:
+            row.written = []
+
     def compiled(self) -> int:
         """How many programs have been compiled so far."""
         return self._devices.compiled

@@ -245,6 +245,17 @@ def test_what_a_request_leaves_behind_does_not_reach_the_next():
     assert answers_of(engine, requests(GREEDY, PROMPTS[:1])) == plain
 
 
+def test_what_rows_hold_may_be_forgotten(expected):
+    engine = engine_on(MESHES[1])
+    again = requests(GREEDY, [LONG])
+    engine.generate(again)
+    assert engine.generate(again)[0][0].cached_tokens > 0
+    engine.forget()
+    answer = engine.generate(again)[0][0]
+    assert answer.cached_tokens == 0
+    assert answer.tokens == expected[3]
+
+
 # ---- what requests ask -------------------------------------------------------------------------
 
 
@@ -381,6 +392,8 @@ def test_one_stream_refuses_at_once_and_may_be_left(expected):
     assert jax.sharding.get_abstract_mesh() == before
     with pytest.raises(RuntimeError, match="answering already"):
         next(engine.run([]))
+    with pytest.raises(RuntimeError, match="is answering"):
+        engine.forget()
     stream.close()
     assert answers_of(engine, requests(GREEDY)) == expected[:3]
 
