@@ -1,42 +1,135 @@
 """Many requests at once beside one after another: tokens/s of continuous batching.
 
-    python benchmarks/serve.py [--config configs/quickstart.yaml] [--requests 64] [--rows 32]
+    python benchmarks/serve.py [--config configs/quickstart.yaml] [--requests 64] [--rows 64]
 
-Requests of mixed lengths (prompts of 8 to 100 tokens, answers of 16 to 128, by a fixed seed, random
-weights): all of them given to one engine, and each given when the one before it has ended, to an
-engine with one row. The first is on a mesh of two emulated devices, which share the rows and so use
-two cores (mesh.data=2), and once more on one device; one row has no use for a second. After a
-warm-up that compiles everything, taking turns; medians. One JSON line for each, tokens/s of the
-answers; and with the same requests behind a system prompt of --prefix tokens, with and without what
-the rows hold used again.
+Requests of mixed lengths (prompts of 8 to 100 tokens after BOS, answers of 16 to 128), greedy, with
+random weights: all given to one engine of --rows rows; and each given when the one before it has
+ended, to an engine of one row. Then the same requests behind a system prompt of --prefix tokens;
+one after another with what the row holds of it used again, and with all of it computed each time.
+The capacity of an engine is what its requests need. All on one device; overrides such as
+mesh.data=2 are for all at once alone.
+
+After a warm-up that compiles everything, all take turns, with other tokens in each and nothing held
+from the turn before. One JSON line for each: the tokens of its answers, the median seconds, and
+`times_one_after_another`: how many times as fast it is as one after another with the same prompts,
+the median of the ratios within each turn.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
+import jax
 import measure
+import numpy as np
 import ours
 
 from mixtral_jax import sharding
+from mixtral_jax.config import Config, ModelConfig
+from mixtral_jax.generation.engine import Engine
+from mixtral_jax.generation.request import Options, Request, Serving, check_request
+from mixtral_jax.generation.results import Answer
+from mixtral_jax.generation.rows import capacity_for
+from mixtral_jax.model.mixtral import initialize
 
 
-def requests_of(count: int, vocabulary: int, prefix: int = 0, seed: int = 0) -> list:
-    """Requests of mixed lengths, behind a prefix that is another for each seed."""
-    import numpy as np
+class Contestant(NamedTuple):
+    engine: Engine
+    prefix: int
+    """Tokens of the system prompt."""
+    answer: Callable[[Engine, list[Request]], list[list[Answer]]]
+    baseline: str
+    """The name of the one that it is compared with."""
 
-    from mixtral_jax.generation.request import Options, Request
 
+def requests_of(count: int, vocabulary: int, prefix: int = 0, seed: int = 0) -> list[Request]:
+    """Requests behind one prefix: of the same lengths for each seed, with other tokens."""
     random = np.random.default_rng(0)
     shared = np.random.default_rng(1000 + seed).integers(3, vocabulary, prefix)
     made = []
-    for _ in range(count):
+    for number in range(count):
         length, new = random.integers(8, 101), int(random.integers(16, 129))
-        prompt = np.random.default_rng([seed, len(made)]).integers(3, vocabulary, length)
+        prompt = np.random.default_rng([seed, number]).integers(3, vocabulary, length)
         tokens = (1, *map(int, shared), *map(int, prompt))
         made.append(Request(tokens, Options(new, temperature=0.0)))
     return made
+
+
+def capacity_of(asked: list[Request], config: ModelConfig) -> int:
+    """Of the engine that answers these requests.
+
+    Raises:
+      InputError: if the longest goes beyond the model's context.
+    """
+
+    def tokens(request: Request) -> int:
+        return len(request.tokens) + request.options.max_new_tokens
+
+    longest = max(asked, key=tokens)
+    context = config.max_position_embeddings
+    check_request(longest, config.vocab_size, context, "the longest request")
+    return capacity_for(tokens(longest))
+
+
+# ---- ways to answer ----------------------------------------------------------------------------
+
+
+def all_at_once(engine: Engine, asked: list[Request]) -> list[list[Answer]]:
+    return engine.generate(asked)
+
+
+def one_by_one(engine: Engine, asked: list[Request]) -> list[list[Answer]]:
+    return [engine.generate([request])[0] for request in asked]
+
+
+def each_anew(engine: Engine, asked: list[Request]) -> list[list[Answer]]:
+    answers = []
+    for request in asked:
+        engine.forget()
+        answers += engine.generate([request])
+    return answers
+
+
+# ---- turns -------------------------------------------------------------------------------------
+
+
+def contestants(config: Config, arguments: argparse.Namespace) -> dict[str, Contestant]:
+    """All that take part, in the order of their turns, warmed up."""
+    sizes = config.model.dropless()
+    prefixes = {"": 0, ", shared prefix": arguments.prefix}
+    capacities = {
+        behind: capacity_of(requests_of(arguments.requests, sizes.vocab_size, prefix), sizes)
+        for behind, prefix in prefixes.items()
+    }
+    sharding.start(config.mesh)
+    mesh, key = sharding.mesh_from_config(config.mesh), jax.random.key(0)
+    model = initialize(sizes, key, mesh)
+    on_one = model if mesh.size == 1 else initialize(sizes, key, sharding.make_mesh())
+    made = {}
+    for behind, prefix in prefixes.items():
+        needs = {"capacity": capacities[behind], "part": arguments.part}
+        together = Engine(model, rows=arguments.rows, **needs)
+        alone = Engine(on_one, rows=1, **needs)
+        for engine in together, alone:
+            engine.warm_up()
+        baseline = f"one after another{behind}"
+        made[f"all at once{behind}"] = Contestant(together, prefix, all_at_once, baseline)
+        made[baseline] = Contestant(alone, prefix, one_by_one, baseline)
+    made[f"{baseline} computed each time"] = made[baseline]._replace(answer=each_anew)
+    return made
+
+
+def turn_of(one: Contestant, asked: list[Request]) -> tuple[float, int]:
+    """(its seconds, the tokens of all answers)."""
+    one.engine.forget()
+    began = time.perf_counter()
+    answers = one.answer(one.engine, asked)
+    seconds = time.perf_counter() - began
+    return seconds, sum(len(answer.tokens) for (answer,) in answers)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,79 +137,34 @@ def main(argv: list[str] | None = None) -> None:
     root = measure.HERE.parent
     parser.add_argument("--config", default=str(root / "configs" / "quickstart.yaml"))
     parser.add_argument("--requests", type=measure.positive, default=64)
-    parser.add_argument("--rows", type=measure.positive, default=32)
+    parser.add_argument("--rows", type=measure.positive, default=64)
     parser.add_argument("--prefix", type=measure.positive, default=128)
-    parser.add_argument("--turns", type=measure.positive, default=3)
+    parser.add_argument("--part", type=measure.positive, default=Serving.part)
+    parser.add_argument("--turns", type=measure.positive, default=5)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
-    overrides = ["mesh.expert=1", "mesh.data=2", *arguments.overrides]
-    whole = ours.load(arguments.config, overrides)
-    config = whole.model.dropless()
-    sharding.start(whole.mesh)
-    import jax
-
-    from mixtral_jax.generation.engine import Engine
-    from mixtral_jax.model.mixtral import initialize
-
-    key = jax.random.key(0)
-    model = initialize(config, key, sharding.mesh_from_config(whole.mesh))
-    small = initialize(config, key, sharding.make_mesh())
-    capacity = 101 + 128 + arguments.prefix
-    together = Engine(model, rows=arguments.rows, capacity=capacity)
-    on_one = Engine(small, rows=arguments.rows, capacity=capacity)
-    alone = Engine(small, rows=1, capacity=capacity)
-    engines = together, on_one, alone
-    for engine in engines:
-        engine.warm_up()
-
-    def forget(engine) -> None:
-        for row in engine._rows:
-            row.written = []
-
-    def all_at_once(asked) -> None:
-        together.generate(asked)
-
-    def all_on_one_device(asked) -> None:
-        on_one.generate(asked)
-
-    def one_by_one(asked) -> None:
-        for request in asked:
-            alone.generate([request])
-
-    def without_prefixes(asked) -> None:
-        for request in asked:
-            forget(alone)
-            alone.generate([request])
-
-    works = {
-        "all at once": (all_at_once, 0),
-        "all at once, one device": (all_on_one_device, 0),
-        "one after another": (one_by_one, 0),
-        "all at once, shared prefix": (all_at_once, arguments.prefix),
-        "one after another, shared prefix": (one_by_one, arguments.prefix),
-        "one after another, shared prefix computed each time": (
-            without_prefixes,
-            arguments.prefix,
-        ),
-    }
-    times: dict[str, list[float]] = {name: [] for name in works}
+    config = ours.load(arguments.config, ["mesh.expert=1", *arguments.overrides])
+    all_of_them = contestants(config, arguments)
+    times: dict[str, list[float]] = {name: [] for name in all_of_them}
+    tokens: dict[str, int] = {}  # the same in every turn
     for turn in range(arguments.turns):
-        for name, (work, prefix) in works.items():
-            asked = requests_of(arguments.requests, config.vocab_size, prefix, turn)
-            for engine in engines:
-                forget(engine)
-            began = time.perf_counter()
-            work(asked)
-            times[name].append(time.perf_counter() - began)
-    tokens = sum(r.options.max_new_tokens for r in requests_of(arguments.requests, 100))
-    for name, found in times.items():
-        seconds = statistics.median(found)
-        other = times["one after another" + ", shared prefix" * ("prefix" in name)]
+        for name, one in all_of_them.items():
+            asked = requests_of(arguments.requests, config.model.vocab_size, one.prefix, turn)
+            seconds, tokens[name] = turn_of(one, asked)
+            times[name].append(seconds)
+    for name, one in all_of_them.items():
+        seconds = statistics.median(times[name])
+        ratios = (other / own for other, own in zip(times[one.baseline], times[name]))
         line = {
-            **{"name": name, "config": arguments.config, "overrides": arguments.overrides},
-            **{"requests": arguments.requests, "rows": arguments.rows, "tokens": tokens},
-            **{"seconds": seconds, "tokens_per_second": tokens / seconds},
-            "times_one_after_another": statistics.median(other) / seconds,
+            "name": name,
+            "config": arguments.config,
+            "overrides": arguments.overrides,
+            "requests": arguments.requests,
+            "rows": one.engine.rows,
+            "tokens": tokens[name],
+            "seconds": seconds,
+            "tokens_per_second": tokens[name] / seconds,
+            "times_one_after_another": statistics.median(ratios),
             "turns": arguments.turns,
         }
         measure.show("serve", line)

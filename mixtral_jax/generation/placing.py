@@ -24,7 +24,8 @@ class Placing:
 
     def __init__(self, mesh: jax.sharding.Mesh, rows: int, shards: int):
         """Args: rows: of the cache; shards: devices that they are split over."""
-        self.mesh, self.shards, self._each = mesh, shards, rows // shards
+        self.mesh, self.rows, self.shards = mesh, rows, shards
+        self._each = rows // shards
 
     def rows_of(self, shard: int) -> range:
         """The rows that lie on a device."""

@@ -132,6 +132,29 @@ def test_long_prompt(command, tiny):
     assert 0 < line["median_gap_alone_seconds"] <= line["longest_gap_alone_seconds"]
 
 
+def test_serve(command, tiny):
+    """Each gives the same answers, and is compared with one row that has the same prompts."""
+    lines = command(
+        *("serve", "--config", tiny, "--requests", "3", "--rows", "1", "--prefix", "20"),
+        *("--part", "16", "--turns", "2", "model.max_position_embeddings=256", "mesh.data=2"),
+    )
+    found = {line["name"]: line for line in lines}
+    alone = ["one after another", "one after another, shared prefix"]
+    computed = f"{alone[1]} computed each time"
+    names = ["all at once", alone[0], "all at once, shared prefix", alone[1], computed]
+    assert list(found) == names
+    assert [found[name]["rows"] for name in names] == [2, 1, 2, 1, 1]  # one for each device
+    assert [found[name]["times_one_after_another"] for name in alone] == [1, 1]
+    tokens = {line["tokens"] for line in lines}
+    assert len(tokens) == 1
+    for line in lines:
+        assert 3 * 16 <= line["tokens"] <= 3 * 128
+        expected = line["tokens"] / line["seconds"]
+        assert line["tokens_per_second"] == pytest.approx(expected, rel=2e-3)
+        assert line["times_one_after_another"] > 0
+        assert (line["requests"], line["turns"]) == (3, 2)
+
+
 def test_peers(command, tiny):
     """The limit by itself: a process of its own that takes its turns."""
     (line,) = command(
@@ -176,6 +199,7 @@ def test_load(command, tmp_path):
         ("load", ["--folder", "/no/such"], ["--folder /no/such"]),
         ("train", ["--config", "no.yaml"], ["no.yaml"]),
         ("decode", ["--new", "1"], ["--new 1"]),
+        ("serve", ["--prefix", "1000"], ["longest request", "context of 1024"]),
         ("peers", ["train", "--only", "me"], ["--only 'me'", "mixtral_jax"]),
         ("peers", ["sleep"], ["sleep", "train"]),
         ("scaling", ["steps", "--devices", "3"], ["expert=3"]),

@@ -197,7 +197,8 @@ def test_a_long_prompt_does_not_stall_the_others(expected):
     before = seen.index(1)
     assert seen[:before] == [0] * before
     assert before >= len(new) // PART
-    assert engine._places == 80  # neither 54 x 54 scores nor a longer cache
+    cache = engine._devices.progress.cache[0].k_BKSH
+    assert cache.shape[2] == 80  # neither 54 x 54 scores nor a longer cache
 
 
 # ---- prefixes ----------------------------------------------------------------------------------
@@ -243,6 +244,17 @@ def test_what_a_request_leaves_behind_does_not_reach_the_next():
     )
     assert answers_of(engine, requests(marked, PROMPTS[:1]))[0] == [3] * NEW
     assert answers_of(engine, requests(GREEDY, PROMPTS[:1])) == plain
+
+
+def test_what_rows_hold_may_be_forgotten(expected):
+    engine = engine_on(MESHES[1])
+    again = requests(GREEDY, [LONG])
+    engine.generate(again)
+    assert engine.generate(again)[0][0].cached_tokens > 0
+    engine.forget()
+    answer = engine.generate(again)[0][0]
+    assert answer.cached_tokens == 0
+    assert answer.tokens == expected[3]
 
 
 # ---- what requests ask -------------------------------------------------------------------------
@@ -381,6 +393,8 @@ def test_one_stream_refuses_at_once_and_may_be_left(expected):
     assert jax.sharding.get_abstract_mesh() == before
     with pytest.raises(RuntimeError, match="answering already"):
         next(engine.run([]))
+    with pytest.raises(RuntimeError, match="is answering"):
+        engine.forget()
     stream.close()
     assert answers_of(engine, requests(GREEDY)) == expected[:3]
 

@@ -1,0 +1,199 @@
+"""Which request is in which row of the cache, and what the devices do next."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+
+from mixtral_jax.generation.answering import Task
+from mixtral_jax.generation.devices import Devices
+from mixtral_jax.generation.placing import Placing
+from mixtral_jax.generation.programs import Made
+from mixtral_jax.generation.rows import (
+    COPY,
+    LEAST_PART,
+    MOST_LANES,
+    Row,
+    choose,
+    common,
+    lanes_of,
+    length_of,
+)
+
+
+class Turn(NamedTuple):
+    """What the devices have been told to do, until the host reads what came of it."""
+
+    made: Made
+    tasks: dict[int, Task]
+    """By their place in `made`."""
+    parts: dict[int, tuple[int, int, bool]]
+    """Of prompts: (start, count, whether the answer begins), by place."""
+
+
+class Scheduler:
+    """The rows of the cache and, for each device, the prompts that it runs parts of: its lanes."""
+
+    def __init__(self, devices: Devices, placing: Placing, places: int, part: int):
+        """Args: places: of a row; part: most tokens of a prompt between two decoding steps."""
+        self._devices, self._placing, self._places, self._part = devices, placing, places, part
+        self._rows = [Row() for _ in range(placing.rows)]
+        self._lanes: list[list[Task]] = [[] for _ in range(placing.shards)]
+        self._clock = 0
+
+    def warm_up(self, score: bool) -> None:
+        """Compile every shape, those of scored prompts too if asked to."""
+        length = LEAST_PART
+        while length <= min(self._part, self._places):
+            for lanes in {1, self._lanes_of(length)}:
+                self._devices.extend(self._asked(), {}, (lanes, length), False)
+            if score:
+                self._devices.extend(self._asked(), {}, (1, length), True)
+            length *= 2
+        self._devices.decode(self._asked(), ())
+        self._devices.copy(0, 0)
+        self._devices.mark({})
+
+    def begin(self) -> None:
+        """Where nothing is compiled, compile decoding while the first part of a prompt compiles."""
+        if not self._devices.compiled:
+            self._devices.begin_decoding(self._asked())
+
+    def end(self) -> None:
+        """Free all rows."""
+        for row in self._rows:
+            row.task = None
+        self._lanes = [[] for _ in self._lanes]
+
+    def forget(self) -> None:
+        """Let no later prompt use what the rows hold."""
+        for row in self._rows:
+            row.written = []
+
+    def pushed(self, task: Task) -> None:
+        """A task's newest token has been read: its row holds what came before it."""
+        row = self._rows[task.row]
+        if row.asks is task:
+            row.written = [*task.prompt, *task.tokens[:-1]]
+            if task.answer is not None:
+                row.task = None
+
+    def turns(self, waiting: deque[Task]) -> list[Turn]:
+        """Parts of prompts, about `part` tokens a device, and one decoding step."""
+        turns, budget = [], self._part
+        while budget > 0:
+            self._fill_lanes(waiting)
+            if not any(self._lanes):
+                break
+            turn, tokens = self._next_parts()
+            turns.append(turn)
+            budget -= tokens
+        if alive := {i: row.task for i, row in enumerate(self._rows) if _decodes(row.task)}:
+            for place, task in alive.items():
+                task.asked += 1
+                if not _decodes(task):  # its last token: the row is free for the next request
+                    self._rows[place].task = None
+            turns.append(Turn(self._devices.decode(self._asked(), alive), alive, {}))
+        return turns
+
+    def _fill_lanes(self, waiting: deque[Task]) -> None:
+        """Give requests rows until each device has a part's worth of prompts to run."""
+
+        def ahead(shard: int) -> int:
+            return sum(map(_left, self._lanes[shard]))
+
+        while waiting:
+            free = {
+                shard: [i for i in self._placing.rows_of(shard) if self._rows[i].task is None]
+                for shard, lanes in enumerate(self._lanes)
+                if len(lanes) < MOST_LANES and ahead(shard) < self._part
+            }
+            shard = min((shard for shard in free if free[shard]), key=ahead, default=None)
+            if shard is None:
+                return
+            for task in waiting:
+                if self._admit(task, shard, free[shard]):
+                    waiting.remove(task)
+                    break
+            else:
+                return
+
+    def _admit(self, task: Task, shard: int, free: list[int]) -> bool:
+        """Give a task one of the free rows of the shard, and what it can use of what rows hold.
+
+        Returns: false if it had better wait for what it shares with a prompt that is being run.
+        """
+        prefix = task.prompt[:-1] if task.options.prompt_logprobs is None else ()
+        own, done, source = choose(self._rows, free, prefix)
+        running = [other.prompt for lanes in self._lanes for other in lanes]
+        if any(common(prompt, prefix) >= done + COPY for prompt in running):
+            return False
+        if source is not None:
+            self._devices.copy(source, own)
+        self._clock += 1
+        row = self._rows[own]
+        row.task = row.asks = task
+        row.used, row.written = self._clock, list(task.prompt[:done])
+        task.row, task.done, task.cached = own, done, done
+        self._lanes[shard].append(task)
+        if task.marks or row.marked:
+            self._devices.mark({shard: task})
+            row.marked = task.marks
+        return True
+
+    def _asked(self) -> list[Task | None]:
+        """By row, the task that it has or had last."""
+        return [row.asks for row in self._rows]
+
+    def _next_parts(self) -> tuple[Turn, int]:
+        """Run the next parts of prompts, all of one length: that of the first on each device.
+
+        Returns: the turn, and the most tokens that a device has in it.
+        """
+        first = [lanes[0] for lanes in self._lanes if lanes]
+        room = min(self._places - task.done for task in first)
+        length = length_of(min(max(map(_left, first)), self._part), room)
+        score = any(task.options.prompt_logprobs is not None for task in first)
+        several = not score and max(map(len, self._lanes)) > 1
+        each = self._lanes_of(length) if several else 1
+        parts: dict[int, tuple[Task, int, int, bool]] = {}
+        for shard, lanes in enumerate(self._lanes):
+            chosen = [
+                task
+                for task in lanes
+                if score
+                or (task.options.prompt_logprobs is None and task.done + length <= self._places)
+            ]
+            for lane, task in enumerate(chosen[:each], shard * each):
+                start, count = task.done, min(length, _left(task))
+                answers = start + count == len(task.prompt) and task.options.max_new_tokens > 0
+                parts[lane] = (task, start, count, answers)
+        for task, start, count, answers in parts.values():
+            task.done += count
+            self._rows[task.row].written += task.prompt[start : task.done]
+            if not _left(task):
+                self._lanes[self._placing.shard_of(task.row)].remove(task)
+                task.asked = int(answers)
+                if not _decodes(task):
+                    self._rows[task.row].task = None
+        made = self._devices.extend(self._asked(), parts, (each, length), score)
+        tasks = {lane: task for lane, (task, *_) in parts.items()}
+        tokens = np.bincount([lane // each for lane in parts], [p[2] for p in parts.values()])
+        return Turn(made, tasks, {lane: part[1:] for lane, part in parts.items()}), int(
+            tokens.max()
+        )
+
+    def _lanes_of(self, length: int) -> int:
+        return lanes_of(length, self._part, self._placing.rows // self._placing.shards)
+
+
+def _decodes(task: Task | None) -> bool:
+    """Whether a task has its prompt behind it, and tokens left to ask for."""
+    return task is not None and 0 < task.asked < task.options.max_new_tokens
+
+
+def _left(task: Task) -> int:
+    """Tokens of its prompt that have not been run."""
+    return len(task.prompt) - task.done
