@@ -217,10 +217,10 @@ class Engine:
                 else:
                     waiting.extend(self._tasks(number, request))
                 number += 1
-            turns = self._scheduler.turns(waiting)
+            fresh, turns = self._scheduler.fresh, self._scheduler.turns(waiting)
             if turns:
                 ahead.append(turns)
-            if len(ahead) > 1 or (ahead and not turns):
+            if len(ahead) > 1 or (ahead and (fresh or not turns)):
                 for turn in ahead.popleft():
                     yield from self._read(turn)
             elif not turns and not waiting and not more:

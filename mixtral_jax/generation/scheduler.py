@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from typing import NamedTuple
 
@@ -21,6 +22,9 @@ from mixtral_jax.generation.rows import (
     lanes_of,
     length_of,
 )
+
+CORES = 8
+"""From which two programs compile in the time of one."""
 
 
 class Turn(NamedTuple):
@@ -42,6 +46,8 @@ class Scheduler:
         self._rows = [Row() for _ in range(placing.rows)]
         self._lanes: list[list[Task]] = [[] for _ in range(placing.shards)]
         self._clock = 0
+        self.fresh = True
+        """Until the first turns, which do not decode: a first token comes before that compiles."""
 
     def warm_up(self, score: bool) -> None:
         """Compile every shape, those of scored prompts too if asked to."""
@@ -55,10 +61,11 @@ class Scheduler:
         self._devices.decode(self._asked(), ())
         self._devices.copy(0, 0)
         self._devices.mark({})
+        self.fresh = False
 
     def begin(self) -> None:
-        """Where nothing is compiled, compile decoding while the first part of a prompt compiles."""
-        if not self._devices.compiled:
+        """Where cores are many, compile decoding while the first part of a prompt compiles."""
+        if not self._devices.compiled and (os.cpu_count() or 1) >= CORES:
             self._devices.begin_decoding(self._asked())
 
     def end(self) -> None:
@@ -90,6 +97,9 @@ class Scheduler:
             turn, tokens = self._next_parts()
             turns.append(turn)
             budget -= tokens
+        fresh, self.fresh = self.fresh, False
+        if fresh and turns:
+            return turns
         if alive := {i: row.task for i, row in enumerate(self._rows) if _decodes(row.task)}:
             for place, task in alive.items():
                 task.asked += 1

@@ -13,7 +13,7 @@ from tiny import MODEL
 
 from mixtral_jax import sharding
 from mixtral_jax.config import InputError
-from mixtral_jax.generation import compiled
+from mixtral_jax.generation import compiled, scheduler
 from mixtral_jax.generation import engine as engines
 from mixtral_jax.generation.engine import Engine
 from mixtral_jax.generation.request import Options, Request
@@ -439,3 +439,17 @@ def test_programs_compile_where_xla_knows_no_option_for_small_products(monkeypat
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
     assert compiled.small_products.__wrapped__() == {}
+
+
+@pytest.mark.parametrize(("cores", "at_first"), [(2, 1), (64, 2)])
+def test_where_cores_are_few_the_first_token_comes_before_decoding_compiles(
+    monkeypatch, cores, at_first
+):
+    monkeypatch.setattr(scheduler.os, "cpu_count", lambda: cores)
+    engine = Engine(model_on(sharding.make_mesh()), rows=1, part=PART)
+    for _ in range(2):
+        programs = []
+        for _ in engine.run(requests(GREEDY, PROMPTS[:1])):
+            programs.append(engine.compiled())
+        assert programs == [at_first] + [2] * (NEW - 1)
+        at_first = 2
