@@ -217,18 +217,6 @@ class Request:
     """Whether the answer's text goes on from the prompt's, or begins anew, as in a chat."""
 
 
-def check_requests(requests: Sequence[Request], vocabulary: int, context: int) -> None:
-    """Refuse what a model with this vocabulary and context cannot answer.
-
-    Raises:
-      InputError: for no request, or the first that `check_request` refuses, as `prompt 3`.
-    """
-    if not requests:
-        raise InputError("there is no request")
-    for number, request in enumerate(requests, 1):
-        check_request(request, vocabulary, context, f"prompt {number}")
-
-
 def check_request(request: Request, vocabulary: int, context: int, name: str) -> None:
     """Refuse a request that a model with this vocabulary and context cannot answer.
 
