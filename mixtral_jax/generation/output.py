@@ -6,6 +6,7 @@ when it is their turn.
 
 from __future__ import annotations
 
+import abc
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ class Shown(NamedTuple):
     echo: bool
 
 
-class InOrder:
+class InOrder(abc.ABC):
     """Prints answers of several prompts one after another, whatever order they are made in."""
 
     def __init__(self, prompts: Sequence[Shown]):
@@ -60,9 +61,9 @@ class InOrder:
             for waiting in self._waiting.pop(following, []):
                 self._show(following, waiting)
 
+    @abc.abstractmethod
     def event(self, key: tuple[int, int], event: Event) -> None:
         """Print an event of the answer whose turn it is."""
-        raise NotImplementedError
 
 
 class Text(InOrder):
