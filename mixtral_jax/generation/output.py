@@ -42,24 +42,20 @@ class InOrder(abc.ABC):
 
     def take(self, event: Event) -> None:
         """Show an event, now or when it is its answer's turn."""
-        key = event.request, event.index
-        if self._at < len(self._keys) and self._keys[self._at] == key:
-            self._show(key, event)
-        else:
-            self._waiting.setdefault(key, []).append(event)
+        self._waiting.setdefault((event.request, event.index), []).append(event)
+        while self._at < len(self._keys) and self._keys[self._at] in self._waiting:
+            key = self._keys[self._at]
+            for waiting in self._waiting.pop(key):
+                self.event(key, waiting)
+                if waiting.answer is not None:
+                    self._go_on(key, waiting.answer)
 
-    def _show(self, key: tuple[int, int], event: Event) -> None:
-        self.event(key, event)
-        if event.answer is None:
-            return
+    def _go_on(self, key: tuple[int, int], answer: Answer) -> None:
+        """After the last event of an answer: whose turn it is now."""
         self._at += 1
-        if event.answer.finish_reason == "error":  # its other answers will not come
+        if answer.finish_reason == "error":  # the prompt's other answers will not come
             while self._at < len(self._keys) and self._keys[self._at][0] == key[0]:
                 self._at += 1
-        if self._at < len(self._keys):
-            following = self._keys[self._at]
-            for waiting in self._waiting.pop(following, []):
-                self._show(following, waiting)
 
     @abc.abstractmethod
     def event(self, key: tuple[int, int], event: Event) -> None:

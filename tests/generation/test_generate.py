@@ -83,20 +83,28 @@ def test_a_file_of_prompts_gives_each_answer_under_its_prompt(run, answers, main
     assert capsys.readouterr().out == "".join(expected)
 
 
+def event(request, text, ends=False, **known):
+    answer = Answer("", 1, 0, "", text, [5], "length", **known) if ends else None
+    return Event(request, 0, text, 5, None, answer)
+
+
 def test_answers_come_in_the_order_of_their_prompts_as_they_are_made(capsys):
     """The first is shown as it comes; what the second has made waits for its turn."""
     shown = output.Text([output.Shown("a", 1, False), output.Shown("b", 1, True)])
-
-    def event(request, text, ends=False):
-        answer = Answer("", 1, 0, "", text, [5], "length") if ends else None
-        return Event(request, 0, text, 5, None, answer)
-
     said = []
     events = [(0, "A"), (1, "x"), (0, "B"), (1, "y", True), (0, "C", True)]
     for given in events:
         shown.take(event(*given))
         said.append(capsys.readouterr().out)
     assert said == ["> a\nA", "", "B", "", "C\n\n> b\nbxy\n\n"]
+
+
+def test_any_number_of_answers_waits_for_the_first(capsys):
+    count = 5000
+    shown = output.Text([output.Shown("a", 1, False)] * count)
+    for number in reversed(range(count)):
+        shown.take(event(number, str(number), True))
+    assert capsys.readouterr().out == "".join(f"> a\n{number}\n\n" for number in range(count))
 
 
 def test_lines_of_json_are_answered_each_as_it_asks(run, answers, main, capsys, tmp_path):
