@@ -88,9 +88,10 @@ class Text(InOrder):
             return
         if self._paint is not None:
             write(self._paint(key[0], answer))
-        elif answer.perplexity is not None:
+        if answer.perplexity is not None:
             scored = len(answer.prompt_logprobs) - 1
-            space = "\n" if answer.text else ""
+            above = self._paint is not None or answer.text or (shown.echo and shown.text)
+            space = "\n" if above else ""
             write(f"{space}perplexity {answer.perplexity:.4f} over {scored} tokens of the prompt")
         write("\n" if self._alone else "\n\n")
 
@@ -113,10 +114,10 @@ def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
     return parts
 
 
-def painted(pieces: Sequence[str], experts: Sequence[int]) -> str:
-    """Pieces of text, each on the colour of its expert: the paper's figure 8."""
+def painted(texts: Sequence[str], experts: Sequence[int]) -> str:
+    """Pieces of a text, each on the colour of its expert: the paper's figure 8."""
     parts = []
-    for piece, expert in zip(pieces, experts, strict=True):
+    for piece, expert in zip(texts, experts, strict=True):
         colour = COLOURS[expert % len(COLOURS)]
         # A colour that crosses the end of a line would fill the rest of it.
         lines = [

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import os
 import pathlib
 import re
@@ -21,7 +22,7 @@ from mixtral_jax.generation.answering import Event
 from mixtral_jax.generation.engine import Engine
 from mixtral_jax.generation.prompts import Asked
 from mixtral_jax.generation.request import Deployment, Options, Request, Serving
-from mixtral_jax.generation.results import Answer
+from mixtral_jax.generation.results import Answer, TokenLogProbability
 from mixtral_jax.interop.own import find
 from mixtral_jax.interop.own_arrays import load_model
 
@@ -105,6 +106,23 @@ def test_any_number_of_answers_waits_for_the_first(capsys):
     for number in reversed(range(count)):
         shown.take(event(number, str(number), True))
     assert capsys.readouterr().out == "".join(f"> a\n{number}\n\n" for number in range(count))
+
+
+@pytest.mark.parametrize(
+    ("text", "echo", "painted", "expected"),
+    [
+        ("", False, None, "perplexity 2.0000 over 1 tokens of the prompt\n"),
+        ("", True, None, "ab\nperplexity 2.0000 over 1 tokens of the prompt\n"),
+        ("c", True, None, "abc\nperplexity 2.0000 over 1 tokens of the prompt\n"),
+        ("c", False, "ABC", "ABC\nperplexity 2.0000 over 1 tokens of the prompt\n"),
+    ],
+)
+def test_a_perplexity_has_a_line_of_its_own(capsys, text, echo, painted, expected):
+    paint = None if painted is None else lambda number, answer: painted
+    scored = [None, TokenLogProbability("b", 4, math.log(0.5), [])]
+    given = event(0, text, True, prompt_logprobs=scored)
+    output.Text([output.Shown("ab", 1, echo)], paint).take(given)
+    assert capsys.readouterr().out == expected
 
 
 def test_lines_of_json_are_answered_each_as_it_asks(run, answers, main, capsys, tmp_path):
