@@ -152,16 +152,21 @@ def is_jsonl(arguments: argparse.Namespace) -> bool:
     return arguments.jsonl if name == prompts.STANDARD_INPUT else name.lower().endswith(".jsonl")
 
 
-def check_shown(arguments: argparse.Namespace, asked: list[prompts.Asked] | None) -> None:
+def check_shown(
+    arguments: argparse.Namespace, options: request.Options, asked: list[prompts.Asked] | None
+) -> None:
     """Refuse what cannot be shown as it is asked for."""
     text = arguments.format == "text"
-    wanted = [one.options for one in asked or ()]
-    if text and any(o.logprobs is not None for o in wanted):
+    if asked is None:
+        told = (options.logprobs, options.prompt_logprobs, arguments.show_routing)
+        if not text or any(value is not None for value in told):
+            raise InputError("a conversation is text: give --prompt or --prompt-file")
+        if options.n > 1:
+            raise InputError(f"n={options.n}: a conversation has one answer to each message")
+    if text and any(one.options.logprobs is not None for one in asked or ()):
         raise InputError("log-probabilities have no place in text: add --format jsonl")
     if not text and arguments.show_routing is not None:
         raise InputError("--show-routing colours text: leave out --format jsonl")
-    if asked is None and (arguments.score or not text or arguments.show_routing is not None):
-        raise InputError("a conversation is text: give --prompt or --prompt-file")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -181,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.weights,
         )
         asked = read_prompts(arguments, options)
-        check_shown(arguments, asked)
+        check_shown(arguments, options, asked)
         from mixtral_jax.generation import chat, command  # only now: they load JAX
 
         system = arguments.system or ""

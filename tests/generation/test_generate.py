@@ -286,6 +286,8 @@ BAD = {
     "layer": (["--prompt", "a", "--show-routing", "2", *GREEDY], "--show-routing 2 is not in 0..1"),
     "coloured": (["--prompt", "a", "--format", "jsonl", "--show-routing", "0"], "leave out --form"),
     "silent": (["--chat", "--score"], "a conversation is text"),
+    "likely": (["--chat", "--logprobs", "1"], "a conversation is text"),
+    "several": (["--chat", "--n", "2"], "n=2: a conversation has one answer to each message"),
 }
 
 
