@@ -65,8 +65,7 @@ def run(
     layers, layer = deployed.config.num_hidden_layers, style.show_routing
     if layer is not None and not 0 <= layer < layers:
         raise InputError(f"--show-routing {layer} is not in 0..{layers - 1}, the model's layers")
-    context = deployed.config.max_position_embeddings
-    limit = min(serving.context or context, context)
+    limit = deployed.context(serving)
     requests = [_request(one, deployed, style, limit) for one in asked]
     good = [(n, r) for n, r in enumerate(requests) if isinstance(r, Request)]
     for reason in requests:
@@ -193,6 +192,11 @@ class Deployed(NamedTuple):
     start: Callable[[Serving], Engine]
     """Reads the weights."""
     start_up: StartUp
+
+    def context(self, serving: Serving) -> int:
+        """Most tokens of a prompt and its answer: what is asked for, within the model's own."""
+        most = self.config.max_position_embeddings
+        return min(serving.context or most, most)
 
 
 def deploy(checkpoint: str | pathlib.Path, deployment: Deployment) -> Deployed:

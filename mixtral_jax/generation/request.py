@@ -230,9 +230,8 @@ def check_request(request: Request, vocabulary: int, context: int, name: str) ->
       InputError: beginning with the name; of a prompt that is too long, with its length and the
         context's.
     """
-    options, length = request.options, len(request.tokens)
-    wanted = options.max_new_tokens
-    if not length:
+    options = request.options
+    if not request.tokens:
         raise InputError(f"{name} has no tokens: begin it with the BOS id")
     tokens = {
         "token": request.tokens,
@@ -243,12 +242,28 @@ def check_request(request: Request, vocabulary: int, context: int, name: str) ->
         for token in ids:
             if not 0 <= token < vocabulary:
                 raise InputError(f"{name}: {what} {token} is not in 0..{vocabulary - 1}")
+    check_length(request, context, name)
+
+
+def check_length(request: Request, context: int, name: str, fix: str | None = None) -> None:
+    """Refuse a request that may go beyond the context.
+
+    Args:
+      request: what is asked.
+      context: most tokens of prompt and answer together.
+      name: how the error names the request.
+      fix: what the error advises; None is a shorter answer or prompt.
+
+    Raises:
+      InputError: beginning with the name, with the prompt's length and the context's.
+    """
+    length, wanted = len(request.tokens), request.options.max_new_tokens
     if length + wanted > context:
         room = context - length
-        fix = f"use max_new_tokens={room} or less" if room > 0 else "shorten it"
+        usual = f"use max_new_tokens={room} or less" if room > 0 else "shorten it"
         raise InputError(
             f"{name} has {length} tokens, BOS included, and with "
-            f"max_new_tokens={wanted} goes beyond the model's context of {context}: {fix}"
+            f"max_new_tokens={wanted} goes beyond the context of {context}: {fix or usual}"
         )
 
 

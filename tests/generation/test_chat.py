@@ -107,10 +107,10 @@ def test_a_conversation_from_a_pipe_ends_where_the_context_does(run, main, capsy
     assert main(["--checkpoint", str(run), *GREEDY]) == 2
     out, err = capsys.readouterr()
     assert out.endswith("\n")
-    said = (
-        r"the conversation has \d+ tokens and with max_new_tokens=7 goes beyond the model's context"
+    said = r"the conversation has \d+ tokens, BOS included, and with max_new_tokens=7 goes beyond"
+    assert re.fullmatch(
+        f"error: {said} the context of 64: begin anew with /new", err.splitlines()[-1]
     )
-    assert re.fullmatch(f"error: {said} of 64: begin anew with /new", err.splitlines()[-1])
 
 
 BAD = {
@@ -118,6 +118,12 @@ BAD = {
     "text": ([*GREEDY, "--prompt", "a\udcff"], "text is not Unicode at character"),
     "system text": ([*GREEDY, "--system", "a\udcff"], "text is not Unicode at character"),
     "long": ([*GREEDY, "--prompt", "#" * 60], "prompt 1 has .* context of 64"),
+    "no room": (
+        ["--chat", "--max-new-tokens", "60"],
+        r"the conversation has \d+ tokens, .* goes beyond the context of 64: use max_new_tokens=\d",
+    ),
+    "context": ([*GREEDY, "--context", "18"], "the context of 18: use max_new_tokens=2 or less"),
+    "biased": ([*GREEDY, "--logit-bias", "999=1"], r"the conversation: .* 999 is not in 0\.\.299"),
     "two": ([*GREEDY, "--prompt", "a", "--prompt-file", "b"], "not allowed with argument"),
 }
 
@@ -257,7 +263,7 @@ def test_what_cannot_be_answered_leaves_the_history_alone_on_a_terminal(v3, caps
     out, err = capsys.readouterr()
     assert out == "A\nB\nC\n"
     told = [line for line in err.replace("> ", "").splitlines() if line.startswith("not answered")]
-    beyond = "goes beyond the model's context of 16"
+    beyond = "goes beyond the context of 16"
     assert told[0].endswith(f"with max_new_tokens=7 {beyond}: begin anew with /new")
     assert told[1] == "not answered: line 3 of standard input is not UTF-8"
     assert told[2].endswith(f"{beyond}: use max_new_tokens=3 or less")
