@@ -324,6 +324,7 @@ def deployment_from_overrides(overrides: Sequence[str]) -> Deployment:
                 raise InputError(f"{name} cannot be set when sampling, only {', '.join(allowed)}")
             if section == "mesh" and type(value) is not int:
                 raise InputError(f"{name}={value!r} must be a whole number")
-    model = {key: value or "" for key, value in values.get("model", {}).items()}
+    given = values.get("model", {})
+    model = {key: "" if value is None else value for key, value in given.items()}
     ModelConfig(**model)  # checks the values
     return Deployment(MeshConfig(**values.get("mesh", {})), **model)

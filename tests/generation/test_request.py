@@ -261,6 +261,8 @@ def test_overrides_place_the_model():
         ("mesh.expert=true", "must be a whole number"),
         ("mesh.data=0", "mesh.data=0 must be at least 1"),
         ("model.exchange=fast", "model.exchange='fast' is not one of"),
+        ("model.exchange=0", "model.exchange=0 is not one of"),
+        ("model.compute_dtype=false", "model.compute_dtype=False is not one of"),
         ("model.compute_dtype=int8", "model.compute_dtype='int8' is not one of"),
         ("hello", "'hello' must look like section.key=value"),
     ],
