@@ -5,10 +5,10 @@ is printed as it is made; of several each has a line of `> ` and its prompt in f
 line behind, in the order of the prompts. --format jsonl prints an object a line instead, with
 tokens, log-probabilities and why the answer ended.
 
-Prompts come from --prompt, or from --prompt-file: a text, one prompt a line, or a file whose name
-ends in .jsonl, one object a line, {"prompt": "...", "max_new_tokens": 20, "stop": ["\\n"]}, with
-any of the options below in place of the command's (`-` is standard input: lines of text, or of
-JSON with --jsonl). A bad line of JSON is named; the others are answered, and the exit code is 1.
+Prompts come from --prompt, or from --prompt-file (`-` is standard input): a text, one prompt a
+line, or with --jsonl, or a name that ends in .jsonl, one object a line, {"prompt": "...",
+"max_new_tokens": 20, "stop": ["\\n"]}, with any of the options below in place of the command's. A
+bad line of JSON is named; the others are answered, and the exit code is 1.
 
 With --chat, each prompt is a message of a user's, in the template of the checkpoint's tokenizer.
 Without a prompt there is a conversation: a message a line on standard input, or several lines
@@ -47,7 +47,9 @@ def make_parser() -> Parser:
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", metavar="TEXT", help="what to go on from; may be empty")
     given.add_argument("--prompt-file", metavar="FILE", help="prompts, one a line, or .jsonl")
-    parser.add_argument("--jsonl", action="store_true", help="--prompt-file - is lines of JSON")
+    parser.add_argument(
+        "--jsonl", action="store_true", help="--prompt-file has lines of JSON, whatever its name"
+    )
     parser.add_argument("--chat", action="store_true", help="prompts are messages; else converse")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: told first")
 
@@ -137,6 +139,10 @@ def read_prompts(
     """The prompts, or None for a conversation."""
     if arguments.system is not None and not arguments.chat:
         raise InputError("--system begins a conversation: add --chat")
+    if arguments.jsonl and arguments.prompt_file is None:
+        raise InputError(
+            "--jsonl says that --prompt-file has lines of JSON: add --prompt-file FILE"
+        )
     if arguments.prompt is not None:
         return [prompts.Asked("prompt 1", arguments.prompt, None, options, None, 1)]
     if arguments.prompt_file is not None:
@@ -144,12 +150,6 @@ def read_prompts(
     if not arguments.chat:
         raise InputError("one of the arguments --prompt --prompt-file is required, or --chat")
     return None
-
-
-def is_jsonl(arguments: argparse.Namespace) -> bool:
-    """Whether the prompts are lines of JSON."""
-    name = arguments.prompt_file or ""
-    return arguments.jsonl if name == prompts.STANDARD_INPUT else name.lower().endswith(".jsonl")
 
 
 def check_shown(
@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         style = command.Style(
             jsonl=arguments.format == "jsonl",
-            strict=not is_jsonl(arguments),
+            strict=not prompts.is_jsonl(arguments.prompt_file or "", arguments.jsonl),
             chat=arguments.chat,
             system=system,
             show_routing=arguments.show_routing,

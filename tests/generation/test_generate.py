@@ -287,6 +287,7 @@ BAD = {
     "coloured": (["--prompt", "a", "--format", "jsonl", "--show-routing", "0"], "leave out --form"),
     "silent": (["--chat", "--score"], "a conversation is text"),
     "likely": (["--chat", "--logprobs", "1"], "a conversation is text"),
+    "lines": (["--prompt", "a", "--jsonl"], "has lines of JSON: add --prompt-file FILE"),
     "several": (["--chat", "--n", "2"], "n=2: a conversation has one answer to each message"),
 }
 

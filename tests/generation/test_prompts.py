@@ -110,14 +110,14 @@ def test_a_jsonl_file_has_one_request_a_line(ask, standard_input):
     assert read_jsonl("-", DEFAULT) == REQUESTS
 
 
-def test_the_suffix_chooses_and_an_argument_for_standard_input(tmp_path, standard_input):
-    for name, requests in [("a.jsonl", True), ("a.JSONL", True), ("a.json", False), ("a", False)]:
+def test_the_suffix_chooses_or_an_argument(tmp_path, standard_input):
+    for name, requests in [("a.jsonl", True), (".JSONL", True), ("a.json", False), ("a", False)]:
         path = tmp_path / name
         path.write_bytes(b'{"prompt": "b"}\n')
         for path_given in path, str(path):
             for jsonl in False, True:
                 (asked,) = read(path_given, DEFAULT, jsonl)
-                assert asked.text == ("b" if requests else '{"prompt": "b"}')
+                assert asked.text == ("b" if requests or jsonl else '{"prompt": "b"}')
     standard_input(CONTENT)
     assert read("-", DEFAULT, jsonl=True) == REQUESTS
 
