@@ -164,7 +164,10 @@ def _quoted(first: str, number: int, lines: Iterator[tuple[int, bytes]]) -> str:
             text, wrong = "", error
     if wrong is not None:
         raise wrong
-    parts.append(text.split(QUOTES, 1)[0])
+    last, after = text.split(QUOTES, 1)
+    if after.strip():
+        raise InputError(f"line {number}: text follows the closing {QUOTES}")
+    parts.append(last)
     return "\n".join(parts).strip("\n")
 
 
@@ -175,8 +178,9 @@ def _take(chat: Chat, text: str) -> None:
         chat.forget()
         output.say("a new conversation")
     elif word == SYSTEM:
-        chat.forget(rest.strip())
-        output.say("a new conversation, with a new system prompt")
+        system = rest.strip()
+        chat.forget(system)
+        output.say(f"a new conversation, {'with a new' if system else 'without a'} system prompt")
     elif text.strip():
         _answer(chat, text)
 

@@ -286,6 +286,8 @@ def test_a_message_may_have_several_lines(v3):
     [
         (b'"""a\nb\n', 'line 2: the message has no closing """'),
         (b'"""a\n\xff\n"""\n', "line 2 of standard input is not UTF-8"),
+        (b'"""a\nb""" c\n', 'line 2: text follows the closing """'),
+        (b'"""a""" b\n', 'line 1: text follows the closing """'),
     ],
 )
 def test_a_message_of_several_lines_that_is_none(v3, text, wrong):
@@ -296,11 +298,14 @@ def test_a_message_of_several_lines_that_is_none(v3, text, wrong):
 
 
 def test_a_conversation_begins_anew_with_another_system_prompt(v3, capsys):
-    chat = conversation(v3, v3.encode("A"), v3.encode("B"), v3.encode("C"), system=SYSTEM)
-    converse(chat, "a\n/system  Be long.\nb\n/new\nc\n")
+    chat = conversation(v3, *map(v3.encode, "ABCD"), system=SYSTEM)
+    converse(chat, "a\n/system  Be long.\nb\n/new\nc\n/system \nd\n")
     assert asked(chat)[1] == encode_chat(v3, [command.message("system", "Be long."), user("b")])
     assert asked(chat)[2] == encode_chat(v3, [command.message("system", "Be long."), user("c")])
-    assert "a new conversation, with a new system prompt\n" in capsys.readouterr().err
+    assert asked(chat)[3] == encode_chat(v3, [user("d")])
+    err = capsys.readouterr().err
+    assert "a new conversation, with a new system prompt\n" in err
+    assert "a new conversation, without a system prompt\n" in err
 
 
 def test_what_cannot_be_answered_ends_a_conversation_from_a_pipe(v3, capsys):
