@@ -16,8 +16,8 @@ from mixtral_jax import sharding
 from mixtral_jax.config import InputError
 from mixtral_jax.data.chat import encode_chat
 from mixtral_jax.data.tokenizer import Tokenizer
-from mixtral_jax.generation import chat as command
-from mixtral_jax.generation import command as answering
+from mixtral_jax.generation import chat as chats
+from mixtral_jax.generation import command
 from mixtral_jax.generation.answering import Task
 from mixtral_jax.generation.engine import Engine
 from mixtral_jax.generation.prompts import Asked
@@ -54,7 +54,7 @@ def checkpoint(request):
     """A run whose tokenizer has the template of one version, and ask(messages): its answer."""
     folder = request.getfixturevalue({"v1": "run", "v3": "v3_run"}[request.param])
     found, mesh = open_checkpoint(folder), sharding.make_mesh()
-    config = command.command.model_config(found.config, Deployment())
+    config = command.model_config(found.config, Deployment())
     engine = Engine(found.load(config, mesh), found.tokenizer)
     assert found.tokenizer.version == request.param
 
@@ -144,14 +144,14 @@ def test_a_conversation_needs_one_process(run, refused, monkeypatch):
 
 def test_arguments_reach_the_command(monkeypatch):
     got = []
-    monkeypatch.setattr(command, "run", lambda *arguments: got.append(arguments))
-    monkeypatch.setattr(answering, "run", lambda *arguments: got.append(arguments) or 0)
+    monkeypatch.setattr(chats, "run", lambda *arguments: got.append(arguments))
+    monkeypatch.setattr(command, "run", lambda *arguments: got.append(arguments) or 0)
     here = ["--checkpoint", "here", "--chat"]
     assert generate.main(here) == 0
     assert generate.main([*here, "--system", SYSTEM, "--prompt", ""]) == 0
     assert got[0] == ("here", "", Options(), Deployment(), Serving())
     asked = [Asked("prompt 1", "", None, Options(), None, 1)]
-    style = answering.Style(chat=True, system=SYSTEM)
+    style = command.Style(chat=True, system=SYSTEM)
     assert got[1] == ("here", asked, style, Deployment(), Serving())
 
 
@@ -184,7 +184,7 @@ class Scripted:
 
 def conversation(tokenizer, *answers, system="", context=MODEL.max_position_embeddings):
     engine = Scripted(tokenizer, *answers)
-    return command.Chat(engine, tokenizer, system, OPTIONS, context)
+    return chats.Chat(engine, tokenizer, system, OPTIONS, context)
 
 
 def asked(chat):
@@ -194,7 +194,7 @@ def asked(chat):
 
 def converse(chat, text, terminal=False):
     data = text if isinstance(text, bytes) else text.encode()
-    command.converse(chat, io.BytesIO(data), terminal)
+    chats.converse(chat, io.BytesIO(data), terminal)
 
 
 def interrupt():
@@ -270,7 +270,7 @@ def test_what_cannot_be_answered_leaves_the_history_alone_on_a_terminal(v3, caps
     assert told[3].endswith(f"{beyond}: shorten it")
     assert len(told) == 4
     assert chat.messages == [user("c"), assistant("C")]
-    assert err.startswith(command.HELP)
+    assert err.startswith(chats.HELP)
     assert err.count("> ") == 9  # a marker before each line, and before the end
 
 
