@@ -148,7 +148,7 @@ def show(
         rates.take(event)
         printer.take(event._replace(request=number))
     say(rates.report(sum(len(r.tokens) * r.options.n for r in good.values()), cached))
-    say(start_up.report("token"))
+    say(start_up.report(rates.made))
 
 
 def _printer(
@@ -225,7 +225,7 @@ def deploy(checkpoint: str | pathlib.Path, deployment: Deployment) -> Deployed:
         )
     mesh = sharding.mesh_from_config(deployment.mesh)
     with jax.set_mesh(mesh):
-        chosen_kernels(config, sharding.batch_shards(), 1)
+        chosen_kernels(config, sharding.batch_shards(), 1)  # refuses what cannot run here
 
     start_up.end("checkpoint and devices")
 

@@ -160,10 +160,15 @@ class Rates:
             self._tell("")
         first = (self._begun or time.perf_counter()) - self._began
         again = f" ({cached} of them there already)" if cached else ""
-        line = f"{prompt_tokens} prompt tokens{again}, the first answer's token after {first:.2f} s"
+        line = f"{prompt_tokens} prompt tokens{again}; first {self.made} after {first:.2f} s"
         seconds = time.perf_counter() - (self._begun or self._began)
         rate = f"; {self._after / seconds:.1f} tokens/s" if self._after and seconds else ""
         return f"{line}, with compiling; {self.tokens} tokens made{rate}"
+
+    @property
+    def made(self) -> str:
+        """What there is a first one of: a token, or an answer where none is made, as in scoring."""
+        return "token" if self.tokens else "answer"
 
     def _tell(self, line: str) -> None:
         if jax.process_index() == 0:

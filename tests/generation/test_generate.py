@@ -63,6 +63,9 @@ def test_the_script_prints_the_answer_alone(run, answers):
     assert done.stdout.decode() == answers[0].encode("ascii", "replace").decode() + "\n"
     said = done.stderr.decode()
     assert "on 2 x cpu" in said
+    assert re.search(
+        r"^\d+ prompt tokens; first token after [\d.]+ s, with compiling; 9 ", said, re.M
+    )
     assert "tokens/s" in said
     assert re.search(r"^first token [\d.]+ s after the start: .*, prefill [\d.]+ s$", said, re.M)
 
@@ -196,8 +199,10 @@ def test_int8_weights_and_cache_change_a_texts_perplexity_a_little(run, main, ca
 
 def test_a_text_is_scored(run, main, capsys):
     assert main(["--checkpoint", str(run), "--score", "--prompt", PROMPTS[0]]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert re.fullmatch(r"perplexity \d+\.\d{4} over \d+ tokens of the prompt\n", out)
+    assert re.search(r"^\d+ prompt tokens; first answer after .*; 0 tokens made$", err, re.M)
+    assert re.search(r"^first answer [\d.]+ s after the start: ", err, re.M)
 
 
 def test_routing_is_shown_in_colours(run, answers, main, capsys):
