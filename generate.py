@@ -5,10 +5,10 @@ is printed as it is made; of several each has a line of `> ` and its prompt in f
 line behind, in the order of the prompts. --format jsonl prints an object a line instead, with
 tokens, log-probabilities and why the answer ended.
 
-Prompts come from --prompt, or from --prompt-file: a text, one prompt a line, or a file whose name
-ends in .jsonl, one object a line, {"prompt": "...", "max_new_tokens": 20, "stop": ["\\n"]}, with
-any of the options below in place of the command's (`-` is standard input: lines of text, or of
-JSON with --jsonl). A bad line of JSON is named; the others are answered, and the exit code is 1.
+Prompts come from --prompt, or from --prompt-file (`-` is standard input): a text, one prompt a
+line, or with --jsonl, or a name that ends in .jsonl, one object a line, {"prompt": "...",
+"max_new_tokens": 20, "stop": ["\\n"]}, with any of the options below in place of the command's. A
+bad line of JSON is named; the others are answered, and the exit code is 1.
 
 With --chat, each prompt is a message of a user's, in the template of the checkpoint's tokenizer.
 Without a prompt there is a conversation: a message a line on standard input, or several lines
@@ -47,7 +47,9 @@ def make_parser() -> Parser:
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", metavar="TEXT", help="what to go on from; may be empty")
     given.add_argument("--prompt-file", metavar="FILE", help="prompts, one a line, or .jsonl")
-    parser.add_argument("--jsonl", action="store_true", help="--prompt-file - is lines of JSON")
+    parser.add_argument(
+        "--jsonl", action="store_true", help="--prompt-file has lines of JSON, whatever its name"
+    )
     parser.add_argument("--chat", action="store_true", help="prompts are messages; else converse")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: told first")
 
@@ -137,6 +139,10 @@ def read_prompts(
     """The prompts, or None for a conversation."""
     if arguments.system is not None and not arguments.chat:
         raise InputError("--system begins a conversation: add --chat")
+    if arguments.jsonl and arguments.prompt_file is None:
+        raise InputError(
+            "--jsonl says that --prompt-file has lines of JSON: add --prompt-file FILE"
+        )
     if arguments.prompt is not None:
         return [prompts.Asked("prompt 1", arguments.prompt, None, options, None, 1)]
     if arguments.prompt_file is not None:
@@ -146,22 +152,21 @@ def read_prompts(
     return None
 
 
-def is_jsonl(arguments: argparse.Namespace) -> bool:
-    """Whether the prompts are lines of JSON."""
-    name = arguments.prompt_file or ""
-    return arguments.jsonl if name == prompts.STANDARD_INPUT else name.lower().endswith(".jsonl")
-
-
-def check_shown(arguments: argparse.Namespace, asked: list[prompts.Asked] | None) -> None:
+def check_shown(
+    arguments: argparse.Namespace, options: request.Options, asked: list[prompts.Asked] | None
+) -> None:
     """Refuse what cannot be shown as it is asked for."""
     text = arguments.format == "text"
-    wanted = [one.options for one in asked or ()]
-    if text and any(o.logprobs is not None for o in wanted):
+    if asked is None:
+        told = (options.logprobs, options.prompt_logprobs, arguments.show_routing)
+        if not text or any(value is not None for value in told):
+            raise InputError("a conversation is text: give --prompt or --prompt-file")
+        if options.n > 1:
+            raise InputError(f"n={options.n}: a conversation has one answer to each message")
+    if text and any(one.options.logprobs is not None for one in asked or ()):
         raise InputError("log-probabilities have no place in text: add --format jsonl")
     if not text and arguments.show_routing is not None:
         raise InputError("--show-routing colours text: leave out --format jsonl")
-    if asked is None and (arguments.score or not text or arguments.show_routing is not None):
-        raise InputError("a conversation is text: give --prompt or --prompt-file")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -181,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.weights,
         )
         asked = read_prompts(arguments, options)
-        check_shown(arguments, asked)
+        check_shown(arguments, options, asked)
         from mixtral_jax.generation import chat, command  # only now: they load JAX
 
         system = arguments.system or ""
@@ -190,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         style = command.Style(
             jsonl=arguments.format == "jsonl",
-            strict=not is_jsonl(arguments),
+            strict=not prompts.is_jsonl(arguments.prompt_file or "", arguments.jsonl),
             chat=arguments.chat,
             system=system,
             show_routing=arguments.show_routing,

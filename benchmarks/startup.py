@@ -27,7 +27,7 @@ def parts_of(output: str) -> dict[str, float]:
     Raises:
       ValueError: if it has no such line.
     """
-    found = re.search(r"first (?:step|token) ([\d.]+) s after the start: (.*)", output)
+    found = re.search(r"first (?:step|token|answer) ([\d.]+) s after the start: (.*)", output)
     if not found:
         raise ValueError(f"the command does not say when it was ready:\n{output}")
     parts = dict(part.rsplit(" ", 2)[:2] for part in found[2].split(", "))

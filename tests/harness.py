@@ -1,4 +1,4 @@
-"""Random parameters for a module, and its arrays onto a mesh and back."""
+"""Random parameters for a module, their bytes, and its arrays onto a mesh and back."""
 
 import jax
 import numpy as np
@@ -22,6 +22,11 @@ def random_parameters(state, seed, spread=0.3):
         return (centre + spread * rng.normal(size=leaf.shape)).astype(np.float32)
 
     return jax.tree.map_with_path(draw, state)
+
+
+def parameter_bytes(module):
+    """Of all parameters, scales included, once each however many devices hold it."""
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(nnx.state(module)))
 
 
 def shardings(tree, mesh):

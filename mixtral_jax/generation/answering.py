@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mixtral_jax.data.tokenizer import StreamDecoder, Tokenizer
-from mixtral_jax.generation.request import SEEDS, Options, Request
+from mixtral_jax.generation.request import Options, Request
 from mixtral_jax.generation.results import Answer, StopStrings, TokenLogProbability
 
 
@@ -79,13 +79,14 @@ class Task:
         options = request.options
         seed = options.seed
         if index:
-            seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0]) % SEEDS
+            seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
         text, decoder = "", None
         if tokenizer is not None:
             decoder, text = StreamDecoder(tokenizer), tokenizer.decode(request.tokens)
             if request.goes_on:  # so that an answer keeps the space it begins with
                 for token in request.tokens:
-                    decoder.push(token)
+                    if decoder.push(token):  # what comes after the first text does not matter
+                        break
                 decoder.flush()
         ends = (*(() if eos is None else (eos,)), *options.stop_token_ids)
         return cls(

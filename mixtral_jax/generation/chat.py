@@ -19,7 +19,14 @@ from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.generation import command, output
 from mixtral_jax.generation.command import message, opening
 from mixtral_jax.generation.engine import Engine
-from mixtral_jax.generation.request import Deployment, Options, Request, Serving
+from mixtral_jax.generation.request import (
+    Deployment,
+    Options,
+    Request,
+    Serving,
+    check_length,
+    check_request,
+)
 
 NEW, SYSTEM, QUOTES = "/new", "/system", '"""'
 HELP = (
@@ -49,9 +56,11 @@ def run(
             f"a conversation has one terminal and this is one of {jax.process_count()} processes: "
             "give --prompt or --prompt-file too"
         )
-    encode_chat(tokenizer, [*opening(system), message("user", "")])  # before the weights are read
-    context = deployed.config.max_position_embeddings
-    context = min(serving.context or context, context)
+    context = deployed.context(serving)
+    # Where no message could be answered, that is said before the weights are read.
+    ids = encode_chat(tokenizer, [*opening(system), message("user", "")])
+    shortest = Request(tuple(ids), options, goes_on=False)
+    check_request(shortest, deployed.config.vocab_size, context, "the conversation")
     engine = deployed.start(dataclasses.replace(serving, rows=1, context=context))
     chat = Chat(engine, tokenizer, system, options, context)
     converse(chat, sys.stdin.buffer, terminal=sys.stdin.isatty())
@@ -106,17 +115,11 @@ class Chat:
 
     def _request(self, messages: list[dict[str, Any]]) -> Request:
         ids = encode_chat(self._tokenizer, messages)
-        most = self._options.max_new_tokens
-        if len(ids) + most > self._context:
-            room = self._context - len(ids)
-            fix = f"use max_new_tokens={room} or less" if room > 0 else "shorten it"
-            if len(messages) > len(opening(self._system)) + 1:
-                fix = f"begin anew with {NEW}"
-            raise InputError(
-                f"the conversation has {len(ids)} tokens and with max_new_tokens={most} goes "
-                f"beyond the model's context of {self._context}: {fix}"
-            )
-        return Request(tuple(ids), self._options, goes_on=False)
+        request = Request(tuple(ids), self._options, goes_on=False)
+        goes_on = len(messages) > len(opening(self._system)) + 1
+        fix = f"begin anew with {NEW}" if goes_on else None
+        check_length(request, self._context, "the conversation", fix)
+        return request
 
 
 def converse(chat: Chat, stream: BinaryIO, terminal: bool) -> None:
@@ -161,7 +164,10 @@ def _quoted(first: str, number: int, lines: Iterator[tuple[int, bytes]]) -> str:
             text, wrong = "", error
     if wrong is not None:
         raise wrong
-    parts.append(text.split(QUOTES, 1)[0])
+    last, after = text.split(QUOTES, 1)
+    if after.strip():
+        raise InputError(f"line {number}: text follows the closing {QUOTES}")
+    parts.append(last)
     return "\n".join(parts).strip("\n")
 
 
@@ -172,8 +178,9 @@ def _take(chat: Chat, text: str) -> None:
         chat.forget()
         output.say("a new conversation")
     elif word == SYSTEM:
-        chat.forget(rest.strip())
-        output.say("a new conversation, with a new system prompt")
+        system = rest.strip()
+        chat.forget(system)
+        output.say(f"a new conversation, {'with a new' if system else 'without a'} system prompt")
     elif text.strip():
         _answer(chat, text)
 

@@ -17,7 +17,17 @@ from mixtral_jax.data.chat import encode_chat
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.generation.answering import Event
 from mixtral_jax.generation.engine import Engine
-from mixtral_jax.generation.output import Json, Rates, Shown, Text, legend, painted, pieces, say
+from mixtral_jax.generation.output import (
+    InOrder,
+    Json,
+    Rates,
+    Shown,
+    Text,
+    legend,
+    painted,
+    pieces,
+    say,
+)
 from mixtral_jax.generation.prompts import Asked
 from mixtral_jax.generation.request import Deployment, Request, Serving, check_request
 from mixtral_jax.generation.results import Answer
@@ -65,17 +75,17 @@ def run(
     layers, layer = deployed.config.num_hidden_layers, style.show_routing
     if layer is not None and not 0 <= layer < layers:
         raise InputError(f"--show-routing {layer} is not in 0..{layers - 1}, the model's layers")
-    context = deployed.config.max_position_embeddings
-    limit = min(serving.context or context, context)
+    limit = deployed.context(serving)
     requests = [_request(one, deployed, style, limit) for one in asked]
-    good = [(n, r) for n, r in enumerate(requests) if isinstance(r, Request)]
     for reason in requests:
         if isinstance(reason, str):
             say(f"error: {reason}")
+    good = [request for request in requests if isinstance(request, Request)]
     if not good:
-        _print_refused(asked, requests, style)
+        if style.jsonl:
+            _print_refused(Json(_shown(asked)), asked, requests)
         return 1
-    engine = deployed.start(sized(serving, [request for _, request in good]))
+    engine = deployed.start(sized(serving, good))
     show(engine, asked, requests, style, deployed.start_up)
     return 0 if len(good) == len(asked) else 1
 
@@ -122,33 +132,29 @@ def show(
     start_up: StartUp,
 ) -> None:
     """Answer requests, print the answers as they come, and say how fast."""
-    good = [(n, r) for n, r in enumerate(requests) if isinstance(r, Request)]
+    good = {n: request for n, request in enumerate(requests) if isinstance(request, Request)}
+    numbers = list(good)
     printer = _printer(engine, asked, requests, style)
-    answers = sum(request.options.n for _, request in good)
+    answers = sum(request.options.n for request in good.values())
     live = sys.stderr.isatty() and not sys.stdout.isatty()
     rates = Rates(answers, lambda: start_up.end("prefill"), live)
-    for number, reason in enumerate(requests):
-        if isinstance(reason, str):
-            printer.take(_refused(number, asked[number], reason))
+    _print_refused(printer, asked, requests)
     cached = 0
-    for event in engine.run([request for _, request in good]):
-        number = good[event.request][0]
+    for event in engine.run(good.values()):
+        number = numbers[event.request]
         if event.answer is not None:
             cached += event.answer.cached_tokens
             event.answer.request_name, event.answer.id = asked[number].name, asked[number].id
         rates.take(event)
         printer.take(event._replace(request=number))
-    say(rates.report(sum(len(r.tokens) * r.options.n for _, r in good), cached))
-    say(start_up.report("token"))
+    say(rates.report(sum(len(r.tokens) * r.options.n for r in good.values()), cached))
+    say(start_up.report(rates.made))
 
 
 def _printer(
-    engine: Engine | None,
-    asked: Sequence[Asked],
-    requests: Sequence[Request | str],
-    style: Style,
-) -> Text | Json:
-    prompts = [Shown(_text_of(one), one.options.n, one.options.echo) for one in asked]
+    engine: Engine, asked: Sequence[Asked], requests: Sequence[Request | str], style: Style
+) -> InOrder:
+    prompts = _shown(asked)
     if style.jsonl:
         return Json(prompts)
     if style.show_routing is None:
@@ -163,16 +169,17 @@ def _printer(
     return Text(prompts, paint)
 
 
-def _print_refused(asked: Sequence[Asked], requests: Sequence[Any], style: Style) -> None:
-    if style.jsonl:
-        printer = _printer(None, asked, requests, style)
-        for number, reason in enumerate(requests):
-            printer.take(_refused(number, asked[number], reason))
+def _print_refused(
+    printer: InOrder, asked: Sequence[Asked], requests: Sequence[Request | str]
+) -> None:
+    for number, (one, reason) in enumerate(zip(asked, requests, strict=True)):
+        if isinstance(reason, str):
+            answer = Answer(one.name, one.id, 0, _text_of(one), "", [], "error", error=reason)
+            printer.take(Event(number, 0, "", None, None, answer))
 
 
-def _refused(number: int, asked: Asked, reason: str) -> Event:
-    answer = Answer(asked.name, asked.id, 0, _text_of(asked), "", [], "error", error=reason)
-    return Event(number, 0, "", None, None, answer)
+def _shown(asked: Sequence[Asked]) -> list[Shown]:
+    return [Shown(_text_of(one), one.options.n, one.options.echo) for one in asked]
 
 
 def _text_of(asked: Asked) -> str:
@@ -194,6 +201,11 @@ class Deployed(NamedTuple):
     """Reads the weights."""
     start_up: StartUp
 
+    def context(self, serving: Serving) -> int:
+        """Most tokens of a prompt and its answer: what is asked for, within the model's own."""
+        most = self.config.max_position_embeddings
+        return min(serving.context or most, most)
+
 
 def deploy(checkpoint: str | pathlib.Path, deployment: Deployment) -> Deployed:
     """Start JAX for a deployment's mesh and look at a checkpoint that is to run there.
@@ -213,7 +225,7 @@ def deploy(checkpoint: str | pathlib.Path, deployment: Deployment) -> Deployed:
         )
     mesh = sharding.mesh_from_config(deployment.mesh)
     with jax.set_mesh(mesh):
-        chosen_kernels(config, sharding.batch_shards(), 1)
+        chosen_kernels(config, sharding.batch_shards(), 1)  # refuses what cannot run here
 
     start_up.end("checkpoint and devices")
 

@@ -6,6 +6,7 @@ when it is their turn.
 
 from __future__ import annotations
 
+import abc
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ class Shown(NamedTuple):
     echo: bool
 
 
-class InOrder:
+class InOrder(abc.ABC):
     """Prints answers of several prompts one after another, whatever order they are made in."""
 
     def __init__(self, prompts: Sequence[Shown]):
@@ -41,28 +42,24 @@ class InOrder:
 
     def take(self, event: Event) -> None:
         """Show an event, now or when it is its answer's turn."""
-        key = event.request, event.index
-        if self._at < len(self._keys) and self._keys[self._at] == key:
-            self._show(key, event)
-        else:
-            self._waiting.setdefault(key, []).append(event)
+        self._waiting.setdefault((event.request, event.index), []).append(event)
+        while self._at < len(self._keys) and self._keys[self._at] in self._waiting:
+            key = self._keys[self._at]
+            for waiting in self._waiting.pop(key):
+                self.event(key, waiting)
+                if waiting.answer is not None:
+                    self._go_on(key, waiting.answer)
 
-    def _show(self, key: tuple[int, int], event: Event) -> None:
-        self.event(key, event)
-        if event.answer is None:
-            return
+    def _go_on(self, key: tuple[int, int], answer: Answer) -> None:
+        """After the last event of an answer: whose turn it is now."""
         self._at += 1
-        if event.answer.finish_reason == "error":  # its other answers will not come
+        if answer.finish_reason == "error":  # the prompt's other answers will not come
             while self._at < len(self._keys) and self._keys[self._at][0] == key[0]:
                 self._at += 1
-        if self._at < len(self._keys):
-            following = self._keys[self._at]
-            for waiting in self._waiting.pop(following, []):
-                self._show(following, waiting)
 
+    @abc.abstractmethod
     def event(self, key: tuple[int, int], event: Event) -> None:
         """Print an event of the answer whose turn it is."""
-        raise NotImplementedError
 
 
 class Text(InOrder):
@@ -91,9 +88,10 @@ class Text(InOrder):
             return
         if self._paint is not None:
             write(self._paint(key[0], answer))
-        elif answer.perplexity is not None:
+        if answer.perplexity is not None:
             scored = len(answer.prompt_logprobs) - 1
-            space = "\n" if answer.text else ""
+            above = self._paint is not None or answer.text or (shown.echo and shown.text)
+            space = "\n" if above else ""
             write(f"{space}perplexity {answer.perplexity:.4f} over {scored} tokens of the prompt")
         write("\n" if self._alone else "\n\n")
 
@@ -116,10 +114,10 @@ def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
     return parts
 
 
-def painted(pieces: Sequence[str], experts: Sequence[int]) -> str:
-    """Pieces of text, each on the colour of its expert: the paper's figure 8."""
+def painted(texts: Sequence[str], experts: Sequence[int]) -> str:
+    """Pieces of a text, each on the colour of its expert: the paper's figure 8."""
     parts = []
-    for piece, expert in zip(pieces, experts, strict=True):
+    for piece, expert in zip(texts, experts, strict=True):
         colour = COLOURS[expert % len(COLOURS)]
         # A colour that crosses the end of a line would fill the rest of it.
         lines = [
@@ -162,10 +160,15 @@ class Rates:
             self._tell("")
         first = (self._begun or time.perf_counter()) - self._began
         again = f" ({cached} of them there already)" if cached else ""
-        line = f"{prompt_tokens} prompt tokens{again}, the first answer's token after {first:.2f} s"
+        line = f"{prompt_tokens} prompt tokens{again}; first {self.made} after {first:.2f} s"
         seconds = time.perf_counter() - (self._begun or self._began)
         rate = f"; {self._after / seconds:.1f} tokens/s" if self._after and seconds else ""
         return f"{line}, with compiling; {self.tokens} tokens made{rate}"
+
+    @property
+    def made(self) -> str:
+        """What there is a first one of: a token, or an answer where none is made, as in scoring."""
+        return "token" if self.tokens else "answer"
 
     def _tell(self, line: str) -> None:
         if jax.process_index() == 0:

@@ -46,22 +46,25 @@ class Asked(NamedTuple):
 
 
 def read(path: str | pathlib.Path, default: Options, jsonl: bool = False) -> list[Asked]:
-    """What a file asks: `read_jsonl` where its name ends in .jsonl, else `read_text`.
+    """What a file asks: `read_jsonl` or `read_text`, as `is_jsonl` says.
 
     Args:
       path: the file; `-` is standard input.
       default: the options of prompts that say nothing else.
-      jsonl: whether standard input is one of JSON objects.
+      jsonl: whether it is one of JSON objects, whatever its name.
 
     Raises:
       InputError: as those two.
     """
-    if str(path) != STANDARD_INPUT:
-        jsonl = pathlib.Path(path).suffix.lower() == ".jsonl"
-    if jsonl:
+    if is_jsonl(path, jsonl):
         return read_jsonl(path, default)
     texts = enumerate(read_text(path), 1)
     return [Asked(f"prompt {n}", text, None, default, None, n) for n, text in texts]
+
+
+def is_jsonl(path: str | pathlib.Path, jsonl: bool = False) -> bool:
+    """Whether a file is one of JSON objects: its name ends in .jsonl, or `jsonl` says so."""
+    return jsonl or str(path).lower().endswith(".jsonl")
 
 
 def read_text(path: str | pathlib.Path) -> list[str]:

@@ -217,18 +217,6 @@ class Request:
     """Whether the answer's text goes on from the prompt's, or begins anew, as in a chat."""
 
 
-def check_requests(requests: Sequence[Request], vocabulary: int, context: int) -> None:
-    """Refuse what a model with this vocabulary and context cannot answer.
-
-    Raises:
-      InputError: for no request, or the first that `check_request` refuses, as `prompt 3`.
-    """
-    if not requests:
-        raise InputError("there is no request")
-    for number, request in enumerate(requests, 1):
-        check_request(request, vocabulary, context, f"prompt {number}")
-
-
 def check_request(request: Request, vocabulary: int, context: int, name: str) -> None:
     """Refuse a request that a model with this vocabulary and context cannot answer.
 
@@ -242,9 +230,8 @@ def check_request(request: Request, vocabulary: int, context: int, name: str) ->
       InputError: beginning with the name; of a prompt that is too long, with its length and the
         context's.
     """
-    options, length = request.options, len(request.tokens)
-    wanted = options.max_new_tokens
-    if not length:
+    options = request.options
+    if not request.tokens:
         raise InputError(f"{name} has no tokens: begin it with the BOS id")
     tokens = {
         "token": request.tokens,
@@ -255,12 +242,28 @@ def check_request(request: Request, vocabulary: int, context: int, name: str) ->
         for token in ids:
             if not 0 <= token < vocabulary:
                 raise InputError(f"{name}: {what} {token} is not in 0..{vocabulary - 1}")
+    check_length(request, context, name)
+
+
+def check_length(request: Request, context: int, name: str, fix: str | None = None) -> None:
+    """Refuse a request that may go beyond the context.
+
+    Args:
+      request: what is asked.
+      context: most tokens of prompt and answer together.
+      name: how the error names the request.
+      fix: what the error advises; None is a shorter answer or prompt.
+
+    Raises:
+      InputError: beginning with the name, with the prompt's length and the context's.
+    """
+    length, wanted = len(request.tokens), request.options.max_new_tokens
     if length + wanted > context:
         room = context - length
-        fix = f"use max_new_tokens={room} or less" if room > 0 else "shorten it"
+        usual = f"use max_new_tokens={room} or less" if room > 0 else "shorten it"
         raise InputError(
             f"{name} has {length} tokens, BOS included, and with "
-            f"max_new_tokens={wanted} goes beyond the model's context of {context}: {fix}"
+            f"max_new_tokens={wanted} goes beyond the context of {context}: {fix or usual}"
         )
 
 
@@ -321,6 +324,7 @@ def deployment_from_overrides(overrides: Sequence[str]) -> Deployment:
                 raise InputError(f"{name} cannot be set when sampling, only {', '.join(allowed)}")
             if section == "mesh" and type(value) is not int:
                 raise InputError(f"{name}={value!r} must be a whole number")
-    model = {key: value or "" for key, value in values.get("model", {}).items()}
+    given = values.get("model", {})
+    model = {key: "" if value is None else value for key, value in given.items()}
     ModelConfig(**model)  # checks the values
     return Deployment(MeshConfig(**values.get("mesh", {})), **model)

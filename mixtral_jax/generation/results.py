@@ -9,19 +9,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-FINISH_REASONS = ("stop", "length", "cancelled", "error")
+FINISH_REASONS = ("stop", "length", "error")
 
 
 class TokenLogProbability(NamedTuple):
     """A token and how likely it was."""
 
     token: str
-    """Its text."""
+    """As the model spells it."""
     id: int
     logprob: float
     """Natural logarithm of its probability; -inf where it was impossible."""
     top: list[tuple[str, int, float]]
-    """Text, id and log-probability of the likeliest tokens in its place, the likeliest first."""
+    """Spelling, id and log-probability of the likeliest tokens in its place, best first."""
 
 
 @dataclass
@@ -38,9 +38,9 @@ class Answer:
     text: str
     """Without the prompt, and without what ended it."""
     tokens: list[int]
-    """The ids that were made, without the one that ended it."""
+    """The ids that were made: those of a stop string too, but no id that ended it."""
     finish_reason: str
-    """stop: end of text, a stop string or a stop id; length; cancelled; error."""
+    """stop: end of text, a stop string or a stop id; length; error."""
     stop: str | int | None = None
     """The stop string or id that ended it; None at the end of text, and for other reasons."""
     logprobs: list[TokenLogProbability] | None = None

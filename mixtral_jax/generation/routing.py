@@ -25,7 +25,7 @@ class Routing:
         self._experts = jax.jit(experts, static_argnames="layer")
 
     def __call__(self, params: nnx.State, tokens: Sequence[int], layer: int) -> np.ndarray:
-        """ids [tokens, k], best first.
+        """ids_TC of the experts that each token goes to, best first.
 
         Raises:
           InputError: if there is no such layer.

@@ -57,11 +57,6 @@ def quantized(model: Mixtral, *, consume: bool = False) -> Mixtral:
     return new
 
 
-def parameter_bytes(model: Mixtral) -> int:
-    """Of all parameters, scales included, once each however many devices hold it."""
-    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(nnx.state(model)))
-
-
 def _matrices(model: Mixtral) -> Iterator[tuple[nnx.Module, str]]:
     """Where those of CONTRACTED are."""
     for module in (model.layers.attention, model.layers.moe, model):

@@ -16,8 +16,8 @@ from mixtral_jax import sharding
 from mixtral_jax.config import InputError
 from mixtral_jax.data.chat import encode_chat
 from mixtral_jax.data.tokenizer import Tokenizer
-from mixtral_jax.generation import chat as command
-from mixtral_jax.generation import command as answering
+from mixtral_jax.generation import chat as chats
+from mixtral_jax.generation import command
 from mixtral_jax.generation.answering import Task
 from mixtral_jax.generation.engine import Engine
 from mixtral_jax.generation.prompts import Asked
@@ -54,7 +54,7 @@ def checkpoint(request):
     """A run whose tokenizer has the template of one version, and ask(messages): its answer."""
     folder = request.getfixturevalue({"v1": "run", "v3": "v3_run"}[request.param])
     found, mesh = open_checkpoint(folder), sharding.make_mesh()
-    config = command.command.model_config(found.config, Deployment())
+    config = command.model_config(found.config, Deployment())
     engine = Engine(found.load(config, mesh), found.tokenizer)
     assert found.tokenizer.version == request.param
 
@@ -107,10 +107,10 @@ def test_a_conversation_from_a_pipe_ends_where_the_context_does(run, main, capsy
     assert main(["--checkpoint", str(run), *GREEDY]) == 2
     out, err = capsys.readouterr()
     assert out.endswith("\n")
-    said = (
-        r"the conversation has \d+ tokens and with max_new_tokens=7 goes beyond the model's context"
+    said = r"the conversation has \d+ tokens, BOS included, and with max_new_tokens=7 goes beyond"
+    assert re.fullmatch(
+        f"error: {said} the context of 64: begin anew with /new", err.splitlines()[-1]
     )
-    assert re.fullmatch(f"error: {said} of 64: begin anew with /new", err.splitlines()[-1])
 
 
 BAD = {
@@ -118,6 +118,12 @@ BAD = {
     "text": ([*GREEDY, "--prompt", "a\udcff"], "text is not Unicode at character"),
     "system text": ([*GREEDY, "--system", "a\udcff"], "text is not Unicode at character"),
     "long": ([*GREEDY, "--prompt", "#" * 60], "prompt 1 has .* context of 64"),
+    "no room": (
+        ["--chat", "--max-new-tokens", "60"],
+        r"the conversation has \d+ tokens, .* goes beyond the context of 64: use max_new_tokens=\d",
+    ),
+    "context": ([*GREEDY, "--context", "18"], "the context of 18: use max_new_tokens=2 or less"),
+    "biased": ([*GREEDY, "--logit-bias", "999=1"], r"the conversation: .* 999 is not in 0\.\.299"),
     "two": ([*GREEDY, "--prompt", "a", "--prompt-file", "b"], "not allowed with argument"),
 }
 
@@ -138,14 +144,14 @@ def test_a_conversation_needs_one_process(run, refused, monkeypatch):
 
 def test_arguments_reach_the_command(monkeypatch):
     got = []
-    monkeypatch.setattr(command, "run", lambda *arguments: got.append(arguments))
-    monkeypatch.setattr(answering, "run", lambda *arguments: got.append(arguments) or 0)
+    monkeypatch.setattr(chats, "run", lambda *arguments: got.append(arguments))
+    monkeypatch.setattr(command, "run", lambda *arguments: got.append(arguments) or 0)
     here = ["--checkpoint", "here", "--chat"]
     assert generate.main(here) == 0
     assert generate.main([*here, "--system", SYSTEM, "--prompt", ""]) == 0
     assert got[0] == ("here", "", Options(), Deployment(), Serving())
     asked = [Asked("prompt 1", "", None, Options(), None, 1)]
-    style = answering.Style(chat=True, system=SYSTEM)
+    style = command.Style(chat=True, system=SYSTEM)
     assert got[1] == ("here", asked, style, Deployment(), Serving())
 
 
@@ -178,7 +184,7 @@ class Scripted:
 
 def conversation(tokenizer, *answers, system="", context=MODEL.max_position_embeddings):
     engine = Scripted(tokenizer, *answers)
-    return command.Chat(engine, tokenizer, system, OPTIONS, context)
+    return chats.Chat(engine, tokenizer, system, OPTIONS, context)
 
 
 def asked(chat):
@@ -188,7 +194,7 @@ def asked(chat):
 
 def converse(chat, text, terminal=False):
     data = text if isinstance(text, bytes) else text.encode()
-    command.converse(chat, io.BytesIO(data), terminal)
+    chats.converse(chat, io.BytesIO(data), terminal)
 
 
 def interrupt():
@@ -257,14 +263,14 @@ def test_what_cannot_be_answered_leaves_the_history_alone_on_a_terminal(v3, caps
     out, err = capsys.readouterr()
     assert out == "A\nB\nC\n"
     told = [line for line in err.replace("> ", "").splitlines() if line.startswith("not answered")]
-    beyond = "goes beyond the model's context of 16"
+    beyond = "goes beyond the context of 16"
     assert told[0].endswith(f"with max_new_tokens=7 {beyond}: begin anew with /new")
     assert told[1] == "not answered: line 3 of standard input is not UTF-8"
     assert told[2].endswith(f"{beyond}: use max_new_tokens=3 or less")
     assert told[3].endswith(f"{beyond}: shorten it")
     assert len(told) == 4
     assert chat.messages == [user("c"), assistant("C")]
-    assert err.startswith(command.HELP)
+    assert err.startswith(chats.HELP)
     assert err.count("> ") == 9  # a marker before each line, and before the end
 
 
@@ -280,6 +286,8 @@ def test_a_message_may_have_several_lines(v3):
     [
         (b'"""a\nb\n', 'line 2: the message has no closing """'),
         (b'"""a\n\xff\n"""\n', "line 2 of standard input is not UTF-8"),
+        (b'"""a\nb""" c\n', 'line 2: text follows the closing """'),
+        (b'"""a""" b\n', 'line 1: text follows the closing """'),
     ],
 )
 def test_a_message_of_several_lines_that_is_none(v3, text, wrong):
@@ -290,11 +298,14 @@ def test_a_message_of_several_lines_that_is_none(v3, text, wrong):
 
 
 def test_a_conversation_begins_anew_with_another_system_prompt(v3, capsys):
-    chat = conversation(v3, v3.encode("A"), v3.encode("B"), v3.encode("C"), system=SYSTEM)
-    converse(chat, "a\n/system  Be long.\nb\n/new\nc\n")
+    chat = conversation(v3, *map(v3.encode, "ABCD"), system=SYSTEM)
+    converse(chat, "a\n/system  Be long.\nb\n/new\nc\n/system \nd\n")
     assert asked(chat)[1] == encode_chat(v3, [command.message("system", "Be long."), user("b")])
     assert asked(chat)[2] == encode_chat(v3, [command.message("system", "Be long."), user("c")])
-    assert "a new conversation, with a new system prompt\n" in capsys.readouterr().err
+    assert asked(chat)[3] == encode_chat(v3, [user("d")])
+    err = capsys.readouterr().err
+    assert "a new conversation, with a new system prompt\n" in err
+    assert "a new conversation, without a system prompt\n" in err
 
 
 def test_what_cannot_be_answered_ends_a_conversation_from_a_pipe(v3, capsys):

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import os
 import pathlib
 import re
@@ -22,7 +23,7 @@ from mixtral_jax.generation.answering import Event
 from mixtral_jax.generation.engine import Engine
 from mixtral_jax.generation.prompts import Asked
 from mixtral_jax.generation.request import Deployment, Options, Request, Serving
-from mixtral_jax.generation.results import Answer
+from mixtral_jax.generation.results import Answer, TokenLogProbability
 from mixtral_jax.interop.own import find
 from mixtral_jax.interop.own_arrays import load_model
 
@@ -63,6 +64,9 @@ def test_the_script_prints_the_answer_alone(run, answers):
     assert done.stdout.decode() == answers[0].encode("ascii", "replace").decode() + "\n"
     said = done.stderr.decode()
     assert "on 2 x cpu" in said
+    assert re.search(
+        r"^\d+ prompt tokens; first token after [\d.]+ s, with compiling; 9 ", said, re.M
+    )
     assert "tokens/s" in said
     assert re.search(r"^first token [\d.]+ s after the start: .*, prefill [\d.]+ s$", said, re.M)
 
@@ -103,20 +107,45 @@ def test_a_file_of_prompts_gives_each_answer_under_its_prompt(run, answers, main
     assert capsys.readouterr().out == "".join(expected)
 
 
+def event(request, text, ends=False, **known):
+    answer = Answer("", 1, 0, "", text, [5], "length", **known) if ends else None
+    return Event(request, 0, text, 5, None, answer)
+
+
 def test_answers_come_in_the_order_of_their_prompts_as_they_are_made(capsys):
     """The first is shown as it comes; what the second has made waits for its turn."""
     shown = output.Text([output.Shown("a", 1, False), output.Shown("b", 1, True)])
-
-    def event(request, text, ends=False):
-        answer = Answer("", 1, 0, "", text, [5], "length") if ends else None
-        return Event(request, 0, text, 5, None, answer)
-
     said = []
     events = [(0, "A"), (1, "x"), (0, "B"), (1, "y", True), (0, "C", True)]
     for given in events:
         shown.take(event(*given))
         said.append(capsys.readouterr().out)
     assert said == ["> a\nA", "", "B", "", "C\n\n> b\nbxy\n\n"]
+
+
+def test_any_number_of_answers_waits_for_the_first(capsys):
+    count = 5000
+    shown = output.Text([output.Shown("a", 1, False)] * count)
+    for number in reversed(range(count)):
+        shown.take(event(number, str(number), True))
+    assert capsys.readouterr().out == "".join(f"> a\n{number}\n\n" for number in range(count))
+
+
+@pytest.mark.parametrize(
+    ("text", "echo", "painted", "expected"),
+    [
+        ("", False, None, "perplexity 2.0000 over 1 tokens of the prompt\n"),
+        ("", True, None, "ab\nperplexity 2.0000 over 1 tokens of the prompt\n"),
+        ("c", True, None, "abc\nperplexity 2.0000 over 1 tokens of the prompt\n"),
+        ("c", False, "ABC", "ABC\nperplexity 2.0000 over 1 tokens of the prompt\n"),
+    ],
+)
+def test_a_perplexity_has_a_line_of_its_own(capsys, text, echo, painted, expected):
+    paint = None if painted is None else lambda number, answer: painted
+    scored = [None, TokenLogProbability("b", 4, math.log(0.5), [])]
+    given = event(0, text, True, prompt_logprobs=scored)
+    output.Text([output.Shown("ab", 1, echo)], paint).take(given)
+    assert capsys.readouterr().out == expected
 
 
 def test_lines_of_json_are_answered_each_as_it_asks(run, answers, main, capsys, tmp_path):
@@ -190,8 +219,10 @@ def test_int8_weights_and_cache_change_a_texts_perplexity_a_little(run, main, ca
 
 def test_a_text_is_scored(run, main, capsys):
     assert main(["--checkpoint", str(run), "--score", "--prompt", PROMPTS[0]]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert re.fullmatch(r"perplexity \d+\.\d{4} over \d+ tokens of the prompt\n", out)
+    assert re.search(r"^\d+ prompt tokens; first answer after .*; 0 tokens made$", err, re.M)
+    assert re.search(r"^first answer [\d.]+ s after the start: ", err, re.M)
 
 
 def test_routing_is_shown_in_colours(run, answers, main, capsys):
@@ -280,6 +311,9 @@ BAD = {
     "layer": (["--prompt", "a", "--show-routing", "2", *GREEDY], "--show-routing 2 is not in 0..1"),
     "coloured": (["--prompt", "a", "--format", "jsonl", "--show-routing", "0"], "leave out --form"),
     "silent": (["--chat", "--score"], "a conversation is text"),
+    "likely": (["--chat", "--logprobs", "1"], "a conversation is text"),
+    "lines": (["--prompt", "a", "--jsonl"], "has lines of JSON: add --prompt-file FILE"),
+    "several": (["--chat", "--n", "2"], "n=2: a conversation has one answer to each message"),
 }
 
 

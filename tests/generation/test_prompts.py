@@ -16,7 +16,6 @@ from mixtral_jax.generation.request import Options
 
 DEFAULT = Options(9, temperature=0.25, stop=("a",))
 USER = {"role": "user", "content": "Hello"}
-HELLO = json.dumps(USER)
 
 
 @pytest.fixture
@@ -92,7 +91,7 @@ CONTENT = b"""\xef\xbb\xbf{"prompt": "Once\\n", "max_new_tokens": 20, "stop": ["
  \t
 {"id": "x", "messages": [%s], "logit_bias": {"12": -5}, "echo": true}
 {"id": null, "prompt": "", "messages": null, "stop": []}
-{"id": 7, "prompt": "\xe2\x82\xac\xe2\x80\xa8\\ud83d\\ude00\\u0000"}""" % HELLO.encode()
+{"id": 7, "prompt": "\xe2\x82\xac\xe2\x80\xa8\\ud83d\\ude00\\u0000"}""" % json.dumps(USER).encode()
 REQUESTS = [
     Asked("line 1", "Once\n", None, Options(20, temperature=0.25, stop=("b", "c")), None, 1),
     Asked(
@@ -111,69 +110,76 @@ def test_a_jsonl_file_has_one_request_a_line(ask, standard_input):
     assert read_jsonl("-", DEFAULT) == REQUESTS
 
 
-def test_the_suffix_chooses_and_an_argument_for_standard_input(tmp_path, standard_input):
-    for name, requests in [("a.jsonl", True), ("a.JSONL", True), ("a.json", False), ("a", False)]:
+def test_the_suffix_chooses_or_an_argument(tmp_path, standard_input):
+    for name, requests in [("a.jsonl", True), (".JSONL", True), ("a.json", False), ("a", False)]:
         path = tmp_path / name
         path.write_bytes(b'{"prompt": "b"}\n')
         for path_given in path, str(path):
             for jsonl in False, True:
                 (asked,) = read(path_given, DEFAULT, jsonl)
-                assert asked.text == ("b" if requests else '{"prompt": "b"}')
+                assert asked.text == ("b" if requests or jsonl else '{"prompt": "b"}')
     standard_input(CONTENT)
     assert read("-", DEFAULT, jsonl=True) == REQUESTS
 
 
-MALFORMED = {
+# What is wrong, as the line that stands there, its values in JSON, or its messages.
+LINES = {
     "text": (b"Once", "this line is not JSON: Expecting value at character 0; write an object"),
     "cut": (b'{"prompt": "a"', "this line is not JSON: .*; write an object in UTF-8"),
     "two": (b'{"prompt": "a"} {}', "this line is not JSON: Extra data"),
-    "list": (b'["a"]', "this line must be a JSON object, not list of 1; write an object"),
-    "null": (b"null", "this line must be a JSON object, not None; write"),
     "bytes": (b'{"prompt": "\xff"}', "this line is not UTF-8: byte 12 of it; write an object in"),
     "twice": (b'{"prompt": "a", "n": 2, "n": 3}', "this line: 'n' stands there twice; .* once"),
     "bias twice": (b'{"prompt": "", "logit_bias": {"1": 2, "1": 2}}', "'1' stands there twice"),
     "deep": (b'{"prompt": ' + b"[" * 10**5, "this line is JSON that is nested too deeply"),
     "digits": (b'{"prompt": ' + b"1" * 5000 + b"}", "a number with thousands of digits"),
     "long": (b" " * LONGEST_LINE + b"{}", "this line has 16777218 bytes: use at most 16777216"),
-    "neither": (b'{"n": 2}', "there is no prompt and no messages: write one, such as"),
-    "nothing": (b"{}", "there is no prompt and no messages: write one, such as"),
-    "both": (f'{{"prompt": "", "messages": [{HELLO}]}}'.encode(), "both .*: leave one out$"),
-    "number": (b'{"prompt": 5}', "prompt=5 must be text$"),
-    "ids": (b'{"prompt": [1, 5]}', "prompt=list of 2 must be text$"),
-    "half": (b'{"prompt": "a\\ud83d"}', r"'a\\ud83d' holds half a surrogate pair: write whole"),
-    "messages": (b'{"messages": "Hi"}', r"messages='Hi' must be a list, such as \[{"),
-    "no message": (b'{"messages": []}', "the conversation has no message: begin it"),
-    "message": (b'{"messages": ["Hi"]}', "message 1 must be a dict, not 'Hi'$"),
-    "role": (b'{"messages": [{"role": "bot", "content": ""}]}', "message 1: role='bot' is not one"),
-    "no role": (b'{"messages": [{"content": ""}]}', "message 1: role=None is not one"),
-    "content": (b'{"messages": [{"role": "user"}]}', "message 1: content=None must be text"),
-    "content long": (
-        json.dumps({"messages": [{"role": "user", "content": ["x" * 10**6]}]}).encode(),
-        r"message 1: content=\['xxx.* \.\.\. xx.* must be text",
-    ),
     "content deep": (
         b'{"messages": [{"role": "user", "content": ' + b"[" * 900 + b"]" * 900 + b"}]}",
         "message 1: content=|nested too deeply",
     ),
+}
+VALUES = {
+    "list": (["a"], "this line must be a JSON object, not list of 1; write an object"),
+    "null": (None, "this line must be a JSON object, not None; write"),
+    "neither": ({"n": 2}, "there is no prompt and no messages: write one, such as"),
+    "nothing": ({}, "there is no prompt and no messages: write one, such as"),
+    "both": ({"prompt": "", "messages": [USER]}, "both .*: leave one out$"),
+    "number": ({"prompt": 5}, "prompt=5 must be text$"),
+    "ids": ({"prompt": [1, 5]}, "prompt=list of 2 must be text$"),
+    "half": ({"prompt": "a\ud83d"}, r"'a\\ud83d' holds half a surrogate pair: write whole"),
+    "messages": ({"messages": "Hi"}, r"messages='Hi' must be a list, such as \[{"),
+    "id list": ({"id": [1], "prompt": "a"}, r"id=list of 1 must be text or a whole number$"),
+    "id number": ({"id": 1.5, "prompt": "a"}, r"id=1.5 must be text or a whole number$"),
+    "id bool": ({"id": True, "prompt": "a"}, r"id=True must be text or a whole number$"),
+    "id half": ({"id": "\udc00", "prompt": "a"}, r"id='\\udc00' must be text or a whole"),
+    "key": ({"promt": "a"}, "'promt' is no key of a request: the closest is prompt$"),
+    "option": ({"prompt": "a", "max_tokens": 2}, "the closest is max_new_tokens$"),
+    "value": ({"prompt": "a", "top_p": 1.5}, "top_p=1.5 must be above 0 and at most 1"),
+    "nan": ({"prompt": "a", "top_p": float("nan")}, "top_p=nan must be above 0"),
+    "type": ({"prompt": "a", "seed": "1"}, "seed='1' must be a whole number$"),
+    "together": ({"prompt": "a", "min_new_tokens": 10}, "10 must be at most max_new_tokens=9$"),
+}
+CONVERSATIONS = {
+    "no message": ([], "the conversation has no message: begin it"),
+    "message": (["Hi"], "message 1 must be a dict, not 'Hi'$"),
+    "role": ([{"role": "bot", "content": ""}], "message 1: role='bot' is not one"),
+    "no role": ([{"content": ""}], "message 1: role=None is not one"),
+    "content": ([{"role": "user"}], "message 1: content=None must be text"),
+    "content long": (
+        [{"role": "user", "content": ["x" * 10**6]}],
+        r"message 1: content=\['xxx.* \.\.\. xx.* must be text",
+    ),
     "content half": (
-        b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "\\udc00"}]}]}',
+        [{"role": "user", "content": [{"type": "text", "text": "\udc00"}]}],
         r"'\\udc00' holds half a surrogate pair",
     ),
     "last": (
-        f'{{"messages": [{HELLO}, {{"role": "assistant", "content": "a"}}]}}'.encode(),
+        [USER, {"role": "assistant", "content": "a"}],
         "message 2, the last, is the assistant's: end with one of the user's",
     ),
-    "id list": (b'{"id": [1], "prompt": "a"}', r"id=list of 1 must be text or a whole number$"),
-    "id number": (b'{"id": 1.5, "prompt": "a"}', r"id=1.5 must be text or a whole number$"),
-    "id bool": (b'{"id": true, "prompt": "a"}', r"id=True must be text or a whole number$"),
-    "id half": (b'{"id": "\\udc00", "prompt": "a"}', r"id='\\udc00' must be text or a whole"),
-    "key": (b'{"promt": "a"}', "'promt' is no key of a request: the closest is prompt$"),
-    "option": (b'{"prompt": "a", "max_tokens": 2}', "the closest is max_new_tokens$"),
-    "value": (b'{"prompt": "a", "top_p": 1.5}', "top_p=1.5 must be above 0 and at most 1"),
-    "nan": (b'{"prompt": "a", "top_p": NaN}', "top_p=nan must be above 0"),
-    "type": (b'{"prompt": "a", "seed": "1"}', "seed='1' must be a whole number$"),
-    "together": (b'{"prompt": "a", "min_new_tokens": 10}', "10 must be at most max_new_tokens=9$"),
 }
+VALUES |= {name: ({"messages": m}, said) for name, (m, said) in CONVERSATIONS.items()}
+MALFORMED = LINES | {name: (json.dumps(v).encode(), said) for name, (v, said) in VALUES.items()}
 
 
 @pytest.mark.parametrize("case", MALFORMED)

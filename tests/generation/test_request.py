@@ -15,7 +15,6 @@ from mixtral_jax.generation.request import (
     Options,
     Request,
     check_request,
-    check_requests,
     deployment_from_overrides,
 )
 
@@ -207,44 +206,37 @@ def request(length, new):
     ("length", "new", "fix"), [(60, 5, "max_new_tokens=4 or less"), (64, 1, "shorten"), (90, 1, "")]
 )
 def test_a_prompt_beyond_the_context_is_refused_with_both_lengths(length, new, fix):
-    with pytest.raises(InputError) as caught:
-        check_requests([request(3, 4), request(length, new)], 38, 64)
-    for part in ("prompt 2", f"{length} tokens", f"max_new_tokens={new}", "context of 64", fix):
+    with pytest.raises(InputError, match=r"^prompt 2 has ") as caught:
+        check_request(request(length, new), 38, 64, "prompt 2")
+    for part in (f"{length} tokens", f"max_new_tokens={new}", "context of 64", fix):
         assert part in str(caught.value)
 
 
-def test_what_just_fits_passes():
-    check_requests([request(60, 4), request(1, 63), request(63, 1)], 2, 64)
+@pytest.mark.parametrize(("length", "new"), [(60, 4), (1, 63), (63, 1)])
+def test_what_just_fits_passes(length, new):
+    check_request(request(length, new), 2, 64, "prompt 1")
 
 
 @pytest.mark.parametrize(
-    ("requests", "said"),
+    ("wrong", "said"),
     [
-        ([], "no request"),
-        ([Request((1,)), Request(())], "prompt 2 has no tokens"),
-        ([Request((1, 38))], "token 38 is not in 0..37"),
-        ([Request((1, -1))], "token -1 is not in 0..37"),
-        ([Request((1,), Options(logit_bias=((37, 1), (38, 1))))], "logit_bias of token 38 is not"),
-        ([Request((1,), Options(stop_token_ids=(37, 40)))], "stop_token_ids: token 40 is not in"),
+        (Request(()), " has no tokens"),
+        (Request((1, 38)), ": token 38 is not in 0..37"),
+        (Request((1, -1)), ": token -1 is not in 0..37"),
+        (Request((1,), Options(logit_bias=((37, 1), (38, 1)))), ": the logit_bias of token 38 is"),
+        (Request((1,), Options(stop_token_ids=(37, 40))), ": stop_token_ids: token 40 is not"),
     ],
 )
-def test_requests_without_sense_are_refused(requests, said):
-    with pytest.raises(InputError, match=said):
-        check_requests(requests, 38, 640)
-
-
-def test_one_request_is_refused_by_its_name():
-    check_request(request(60, 4), 2, 64, "line 7")
-    for wrong in Request(()), Request((1, 38)), request(60, 5):
-        with pytest.raises(InputError, match=r"^line 7"):
-            check_request(wrong, 38, 64, "line 7")
+def test_a_request_without_sense_is_refused_by_its_name(wrong, said):
+    with pytest.raises(InputError, match=f"^line 7{said}"):
+        check_request(wrong, 38, 640, "line 7")
 
 
 def test_scoring_takes_a_whole_context():
     scoring = Options(0, prompt_logprobs=1)
-    check_requests([Request((1,) * 64, scoring)], 2, 64)
+    check_request(Request((1,) * 64, scoring), 2, 64, "prompt 1")
     with pytest.raises(InputError, match=r"has 65 tokens.* max_new_tokens=0 .*: shorten it"):
-        check_requests([Request((1,) * 65, scoring)], 2, 64)
+        check_request(Request((1,) * 65, scoring), 2, 64, "prompt 1")
 
 
 # ---- where to compute --------------------------------------------------------------------------
@@ -269,6 +261,8 @@ def test_overrides_place_the_model():
         ("mesh.expert=true", "must be a whole number"),
         ("mesh.data=0", "mesh.data=0 must be at least 1"),
         ("model.exchange=fast", "model.exchange='fast' is not one of"),
+        ("model.exchange=0", "model.exchange=0 is not one of"),
+        ("model.compute_dtype=false", "model.compute_dtype=False is not one of"),
         ("model.compute_dtype=int8", "model.compute_dtype='int8' is not one of"),
         ("hello", "'hello' must look like section.key=value"),
     ],

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from harness import describe, place, plain, random_parameters
+from harness import describe, parameter_bytes, place, plain, random_parameters
 from whole import make_config
 
 import mixtral_jax
@@ -14,7 +14,7 @@ from mixtral_jax import sharding
 from mixtral_jax.interop import loading, models, quantizing
 from mixtral_jax.kernels.int8 import quantize
 from mixtral_jax.model.mixtral import abstract_state
-from mixtral_jax.model.quantized import parameter_bytes, quantized
+from mixtral_jax.model.quantized import quantized
 
 FORMS = ("orbax", "huggingface", "mistral")
 MESHES = [(1, 1, 1, 1), (2, 1, 4, 1), (1, 2, 2, 2)]

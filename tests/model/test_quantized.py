@@ -9,13 +9,13 @@ import oracle
 import pytest
 from emulation import tpu_kernels_on_cpu
 from flax import nnx
-from harness import describe, place, random_parameters
+from harness import describe, parameter_bytes, place, random_parameters
 from tiny import MODEL, make_batch
 
 from mixtral_jax import sharding
 from mixtral_jax.kernels.int8 import product, quantize
 from mixtral_jax.model.mixtral import Mixtral, abstract_state
-from mixtral_jax.model.quantized import CONTRACTED, parameter_bytes, quantized
+from mixtral_jax.model.quantized import CONTRACTED, quantized
 from mixtral_jax.model.unstacked import unstacked
 
 MESHES = [(1, 1, 1, 1), (1, 1, 4, 1), (1, 2, 2, 2)]
