@@ -163,6 +163,8 @@ def check_shown(
             raise InputError("a conversation is text: give --prompt or --prompt-file")
         if options.n > 1:
             raise InputError(f"n={options.n}: a conversation has one answer to each message")
+        if options.echo:
+            raise InputError("--echo: a conversation shows what is asked already")
     if text and any(one.options.logprobs is not None for one in asked or ()):
         raise InputError("log-probabilities have no place in text: add --format jsonl")
     if not text and arguments.show_routing is not None:

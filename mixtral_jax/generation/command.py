@@ -98,7 +98,9 @@ def _request(asked: Asked, deployed: Deployed, style: Style, limit: int) -> Requ
             raise InputError(asked.error)
         messages = asked.messages
         if messages is None and style.chat:
-            messages = [*opening(style.system), message("user", asked.text)]
+            messages = [message("user", asked.text)]
+        if messages and messages[0].get("role") != "system":
+            messages = [*opening(style.system), *messages]
         if messages is None:
             request = Request((tokenizer.bos_id, *tokenizer.encode(asked.text)), asked.options)
         else:
@@ -243,7 +245,8 @@ def deploy(checkpoint: str | pathlib.Path, deployment: Deployment) -> Deployed:
         say(f"checkpoint {found.path}, {config.num_parameters:,} parameters{kind} on {place}")
         if engine.rows < (serving.rows or 0):
             say(
-                f"memory holds {engine.rows} answers at a time, not {serving.rows}: the others wait"
+                f"answers in progress: {engine.rows}, as memory does not hold the cache of "
+                f"{serving.rows}; the others wait"
             )
         start_up.end("weights")
         return engine

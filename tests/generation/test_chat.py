@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import os
 import re
 import signal
@@ -87,6 +88,11 @@ def test_prompts_are_messages(checkpoint, main, capsys, tmp_path):
     answers = [ask(system, user("words")), ask(system, user("in é"))]
     expected = f"> words\n{answers[0]}\n\n> in é\n{answers[1]}\n\n"
     assert capsys.readouterr().out == expected
+    lines = [{"messages": [user("words")]}, {"messages": [system, user("in é")]}]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert main(["--checkpoint", folder, *GREEDY, *told, "--jsonl", "--format", "jsonl"]) == 0
+    made = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["text"] for line in made] == answers
 
 
 def test_a_conversation_keeps_its_history(checkpoint, main, capsys, monkeypatch):

@@ -195,7 +195,8 @@ def test_answers_that_memory_does_not_hold_wait_and_it_is_said(run, main, capsys
     assert main(["--checkpoint", str(run), "--prompt", "a", "--n", "3", *GREEDY]) == 0
     out, err = capsys.readouterr()
     assert out.count("> a (") == 3
-    assert "memory holds 1 answers at a time, not 4: the others wait" in err
+    wanted = "answers in progress: 1, as memory does not hold the cache of 4; the others wait"
+    assert wanted in err
 
 
 def test_standard_input_has_a_prompt_a_line(run, answers, main, capsys, monkeypatch):
@@ -313,6 +314,7 @@ BAD = {
     "silent": (["--chat", "--score"], "a conversation is text"),
     "likely": (["--chat", "--logprobs", "1"], "a conversation is text"),
     "lines": (["--prompt", "a", "--jsonl"], "has lines of JSON: add --prompt-file FILE"),
+    "echo": (["--chat", "--echo"], "--echo: a conversation shows what is asked already"),
     "several": (["--chat", "--n", "2"], "n=2: a conversation has one answer to each message"),
 }
 
