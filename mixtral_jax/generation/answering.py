@@ -60,6 +60,8 @@ class Task:
     """Tokens of the prompt that were there before."""
     asked: int = 0
     """Tokens that the devices have been asked to make."""
+    behind: tuple[Task, int] | None = None
+    """A prompt that is run, and the tokens that it shares with this one, which waits for them."""
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogProbability] = field(default_factory=list)

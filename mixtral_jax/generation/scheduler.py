@@ -124,7 +124,7 @@ class Scheduler:
             if shard is None:
                 return
             for task in waiting:
-                if self._admit(task, shard, free[shard]):
+                if not _waits(task) and self._admit(task, shard, free[shard]):
                     waiting.remove(task)
                     break
             else:
@@ -137,8 +137,10 @@ class Scheduler:
         """
         prefix = task.prompt[:-1] if task.options.prompt_logprobs is None else ()
         own, done, source = choose(self._rows, free, prefix)
-        running = [other.prompt for lanes in self._lanes for other in lanes]
-        if any(common(prompt, prefix) >= done + COPY for prompt in running):
+        running = [other for lanes in self._lanes for other in lanes]
+        shares = [common(other.prompt, prefix) for other in running]
+        if running and max(shares) >= done + COPY:
+            task.behind = max(zip(running, shares, strict=True), key=lambda pair: pair[1])
             return False
         if source is not None:
             self._devices.copy(source, own)
@@ -190,10 +192,9 @@ class Scheduler:
                     self._rows[task.row].task = None
         made = self._devices.extend(self._asked(), parts, (each, length), score)
         tasks = {lane: task for lane, (task, *_) in parts.items()}
+        turn = Turn(made, tasks, {lane: part[1:] for lane, part in parts.items()})
         tokens = np.bincount([lane // each for lane in parts], [p[2] for p in parts.values()])
-        return Turn(made, tasks, {lane: part[1:] for lane, part in parts.items()}), int(
-            tokens.max()
-        )
+        return turn, int(tokens.max())
 
     def _lanes_of(self, length: int) -> int:
         return lanes_of(length, self._part, self._placing.rows // self._placing.shards)
@@ -202,6 +203,11 @@ class Scheduler:
 def _decodes(task: Task | None) -> bool:
     """Whether a task has its prompt behind it, and tokens left to ask for."""
     return task is not None and 0 < task.asked < task.options.max_new_tokens
+
+
+def _waits(task: Task) -> bool:
+    """Whether it still had better wait for what another one's prompt makes."""
+    return task.behind is not None and task.behind[0].done + COPY <= task.behind[1]
 
 
 def _left(task: Task) -> int:
