@@ -139,6 +139,8 @@ class Rates:
         """Args: first: called at the first token; live: whether to tell as they come."""
         self._answers, self._first, self._live = answers, first, live
         self._began, self._begun, self._told = time.perf_counter(), None, 0.0
+        self._decoding: float | None = None
+        self._seen: set[tuple[int, int]] = set()
         self.tokens = self.ended = self._after = 0
 
     def take(self, event: Event) -> None:
@@ -146,8 +148,13 @@ class Rates:
         if self._begun is None:
             self._begun = now
             self._first()
-        elif event.token is not None:
-            self._after += 1
+        if event.token is not None:
+            key = event.request, event.index
+            if self._decoding is not None:
+                self._after += 1
+            elif key in self._seen:  # its second: what decoding needs has been compiled
+                self._decoding = now
+            self._seen.add(key)
         self.tokens += event.token is not None
         self.ended += event.answer is not None
         if self._live and now - self._told > 0.5:
@@ -155,14 +162,14 @@ class Rates:
             self._tell(f"{self.ended} of {self._answers} answers, {self.tokens} tokens")
 
     def report(self, prompt_tokens: int, cached: int) -> str:
-        """One line: the time to the first token, and tokens/s from there on."""
+        """One line: the time to the first token, and tokens/s from the first that is decoded on."""
         if self._live:
             self._tell("")
         first = (self._begun or time.perf_counter()) - self._began
         again = f" ({cached} of them there already)" if cached else ""
         line = f"{prompt_tokens} prompt tokens{again}; first {self.made} after {first:.2f} s"
-        seconds = time.perf_counter() - (self._begun or self._began)
-        rate = f"; {self._after / seconds:.1f} tokens/s" if self._after and seconds else ""
+        seconds = time.perf_counter() - (self._decoding or 0)
+        rate = f"; {self._after / seconds:.1f} tokens/s" if self._after else ""
         return f"{line}, with compiling; {self.tokens} tokens made{rate}"
 
     @property

@@ -148,6 +148,19 @@ def test_a_perplexity_has_a_line_of_its_own(capsys, text, echo, painted, expecte
     assert capsys.readouterr().out == expected
 
 
+def test_tokens_a_second_are_those_of_decoding_without_its_compiling(monkeypatch):
+    """Two answers: their first tokens after 2 s, 10 s to compile decoding, then a step a second."""
+    now = [0.0]
+    monkeypatch.setattr(output.time, "perf_counter", lambda: now[0])
+    rates = output.Rates(2, lambda: None, live=False)
+    for step, wait in enumerate([2, 10, 1, 1]):
+        now[0] += wait
+        for request in range(2):
+            rates.take(Event(request, 0, "", step, None, None))
+    line = "7 prompt tokens; first token after 2.00 s, with compiling; 8 tokens made; 2.5 tokens/s"
+    assert rates.report(7, 0) == line
+
+
 def test_lines_of_json_are_answered_each_as_it_asks(run, answers, main, capsys, tmp_path):
     path = tmp_path / "requests.jsonl"
     lines = [
