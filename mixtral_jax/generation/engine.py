@@ -94,9 +94,8 @@ class Engine:
         with jax.set_mesh(mesh):
             dtype = jnp.dtype(cache_dtype or compute_dtype(self.config))
             shards = sharding.batch_shards()
-        self.rows = self._rows_in_memory(
-            rows or ROWS, bytes_of_row(self.config, length, dtype), mesh
-        )
+        size = bytes_of_row(self.config, length, dtype)
+        self.rows = self._rows_in_memory(rows or ROWS, size, mesh, shards)
         options: dict[str, str] = {}
         if mesh.devices.flat[0].platform == "cpu":
             several = self.rows > shards
@@ -111,9 +110,8 @@ class Engine:
         self._routing = Routing(graphdef, self.config, placing)
         self._busy = False
 
-    def _rows_in_memory(self, wanted: int, size: int, mesh: jax.sharding.Mesh) -> int:
-        with jax.set_mesh(mesh):
-            shards = sharding.batch_shards()
+    def _rows_in_memory(self, wanted: int, size: int, mesh: jax.sharding.Mesh, shards: int) -> int:
+        """As many rows of `size` bytes as are wanted, rounded up for the shards, or as fit."""
         fit = rows_that_fit(size, mesh)
         if fit < shards:
             raise InputError(

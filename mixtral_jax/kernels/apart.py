@@ -26,7 +26,7 @@ FEW_INT8 = 2
 
 
 def block_rows(rows: int, experts: int, few: int = FEW) -> int:
-    """Rows in a block: what an expert has on average, in powers of two; one where that is few."""
+    """Rows in a block: one where an expert has few on average, else that mean as 16, 32 or 64."""
     if rows <= few * experts:
         return 1
     average = 1 << (rows // experts - 1).bit_length()
