@@ -16,17 +16,17 @@ from jax import lax
 from mixtral_jax.kernels import int8, vary_like
 from mixtral_jax.kernels.rows import starts
 
-LEAST_ROWS, MOST_ROWS = 16, 64
-"""In a block of more than one: 2 to 16 rows take as long, and more than 64 run no faster."""
-FEW = 2
+LEAST_ROWS, MOST_ROWS = 8, 64
+"""In a block of more than one: 2 to 8 rows take as long, and more than 64 run no faster."""
+FEW = 1
 """Rows an expert, on average, up to which each is a block: a vector times a matrix runs at the
-speed of reading it, and again from the cache; a product of 2 to 16 rows takes 2 to 4 times that."""
+speed of reading it, and again from the cache; a product of 2 to 8 rows takes up to twice that."""
 FEW_INT8 = 2
 """The same in int8, where 4 rows take twice as long as one, and 16 four times."""
 
 
 def block_rows(rows: int, experts: int, few: int = FEW) -> int:
-    """Rows in a block: one where an expert has few on average, else that mean as 16, 32 or 64."""
+    """Rows in a block: one where an expert has few on average, else that mean, as 8 to 64."""
     if rows <= few * experts:
         return 1
     average = 1 << (rows // experts - 1).bit_length()

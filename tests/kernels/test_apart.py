@@ -65,10 +65,11 @@ def test_what_lies_past_the_rows_in_use_and_idle_experts_are_not_read():
 
 
 def test_blocks_are_of_one_row_where_rows_are_few_and_of_the_mean_elsewhere():
-    assert [apart.block_rows(rows, 8) for rows in (1, 2, 15, 16)] == [1, 1, 1, 1]
-    assert [apart.block_rows(rows, 8) for rows in (17, 64, 128, 137, 264)] == [16, 16, 16, 32, 64]
+    assert [apart.block_rows(rows, 8) for rows in (1, 2, 7, 8)] == [1, 1, 1, 1]
+    assert [apart.block_rows(rows, 8) for rows in (9, 64, 128, 137, 264)] == [8, 8, 16, 32, 64]
     assert [apart.block_rows(rows, 8) for rows in (512, 10**6)] == [64, 64]
     assert apart.block_rows(5, 1) == 5
+    assert [apart.block_rows(rows, 8, apart.FEW_INT8) for rows in (16, 17)] == [1, 8]
 
 
 @pytest.mark.usefixtures("optimized")
