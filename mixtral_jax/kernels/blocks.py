@@ -35,6 +35,11 @@ class Block(NamedTuple):
         """The block's rows; zeros where they are not in use."""
         return jnp.where(self.in_use_b1, self.rows(x_RD), 0)
 
+    def columns(self, x_DR: jax.Array) -> jax.Array:
+        """`take` of rows that are given as columns."""
+        columns_Db = lax.dynamic_slice_in_dim(x_DR, self.first, self.in_use_b1.shape[0], axis=1)
+        return jnp.where(self.in_use_b1.T, columns_Db, 0)
+
     def put(self, x_RD: jax.Array, rows_bD: jax.Array) -> jax.Array:
         """x with the rows in use replaced."""
         rows_bD = jnp.where(self.in_use_b1, rows_bD.astype(x_RD.dtype), self.rows(x_RD))
@@ -88,9 +93,14 @@ def for_each_block(
 
 
 def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype=None) -> jax.Array:
-    """The product of two matrices over an axis of each: no copy to transpose either."""
+    """The product of two matrices over an axis of each, rounded once to a type: that of a if None.
+
+    No copy to transpose either. Asked for float32, XLA:CPU multiplies bfloat16 as it is, where the
+    machine can and neither matrix is transposed on the left; otherwise it widens both first.
+    """
     dimensions = (((a_axis,), (b_axis,)), ((), ()))
-    return lax.dot_general(a, b, dimensions, preferred_element_type=dtype or a.dtype)
+    out = lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+    return out.astype(dtype or a.dtype)
 
 
 def _rows_times_matrix(x_RD, w_EDF, group_sizes_E, axis: int):

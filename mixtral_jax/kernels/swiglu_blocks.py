@@ -49,27 +49,31 @@ def _forward(*operands):
 def _backward(residuals, g_RD):
     operands, gate_RF, up_RF = residuals
     x_RD, gate_EDF, up_EDF, down_EFD, group_sizes_E = _varying(*operands)
+    x_DR, g_DR = x_RD.T, g_RD.T  # XLA:CPU is slower with a left operand that lies transposed
 
     def body(block, carry):
-        dx_RD, d_gate_EDF, d_up_EDF, d_down_EFD = carry
-        x_bD, g_bD = block.take(x_RD), block.take(g_RD)
+        dx_RD, d_gate_EDF, d_up_EDF, d_down_EDF = carry
+        g_bD = block.take(g_RD)
+        x_Db, g_Db = block.columns(x_DR), block.columns(g_DR)
         gate_bF, up_bF = block.rows(gate_RF), block.rows(up_RF)  # finite, and times zeros
         d_hidden_bF = dot(g_bD, block.matrix(down_EFD), 1, 1)
         sigmoid_bF = jax.nn.sigmoid(gate_bF)
         silu_bF = gate_bF * sigmoid_bF
         d_up_bF = d_hidden_bF * silu_bF
+        hidden_bF = silu_bF * up_bF
         d_gate_bF = d_hidden_bF * up_bF * (sigmoid_bF + silu_bF * (1 - sigmoid_bF))
         dx_bD = dot(d_gate_bF, block.matrix(gate_EDF), 1, 1)
         dx_bD += dot(d_up_bF, block.matrix(up_EDF), 1, 1)
         return (
             block.put(dx_RD, dx_bD),
-            block.add(d_gate_EDF, dot(x_bD, d_gate_bF, 0, 0, jnp.float32)),
-            block.add(d_up_EDF, dot(x_bD, d_up_bF, 0, 0, jnp.float32)),
-            block.add(d_down_EFD, dot(silu_bF * up_bF, g_bD, 0, 0, jnp.float32)),
+            block.add(d_gate_EDF, dot(x_Db, d_gate_bF, 1, 0, jnp.float32)),
+            block.add(d_up_EDF, dot(x_Db, d_up_bF, 1, 0, jnp.float32)),
+            block.add(d_down_EDF, dot(g_Db, hidden_bF, 1, 0, jnp.float32)),
         )
 
-    sums = [vary_like(jnp.zeros(w.shape, jnp.float32), x_RD) for w in (gate_EDF, up_EDF, down_EFD)]
+    sums = [vary_like(jnp.zeros(gate_EDF.shape, jnp.float32), x_RD)] * 3
     grads = for_each_block(group_sizes_E, x_RD.shape[0], body, (jnp.zeros_like(x_RD), *sums))
+    grads = (*grads[:3], grads[3].swapaxes(1, 2))  # that of down was summed transposed
     return *(sum_like(g, a).astype(a.dtype) for g, a in zip(grads, operands)), None
 
 

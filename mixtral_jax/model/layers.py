@@ -58,9 +58,16 @@ def _logits_backward(residuals, g_BLV):
 
     def product(a, b, contracted, like):
         out_sharding = jax.typeof(like).sharding
-        out = jax.lax.dot_general(a, b, (contracted, ((), ())), out_sharding=out_sharding)
+        out = jax.lax.dot_general(
+            a,
+            b,
+            (contracted, ((), ())),
+            preferred_element_type=jnp.float32,
+            out_sharding=out_sharding,
+        )
         return out.astype(like.dtype)
 
+    g_BLV = g_BLV.astype(x_BLD.dtype)  # as a product with float32 would round it on TPU
     dx_BLD = product(g_BLV, head_DV, ((2,), (1,)), x_BLD)
     return dx_BLD, product(x_BLD, g_BLV, ((0, 1), (0, 1)), head_DV)
 
