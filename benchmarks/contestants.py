@@ -5,12 +5,14 @@ A turn returns its seconds, or None, and is then timed from outside.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
 
 import measure
 import ours
+import turns
 
 from mixtral_jax.config import Config, MeshConfig, ModelConfig
 
@@ -21,8 +23,10 @@ Turn = Callable[[], float | None]
 # ---- ours --------------------------------------------------------------------------------------
 
 
-def our_training(config: Config, batch: int) -> Turn:
-    return ours.Training(config).step
+def our_training(config: Config, batch: int, **model) -> Turn:
+    """Args: model: what differs from the config's."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+    return turns.second_of_two(ours.Training(config).step)
 
 
 def our_decoding(config: Config, batch: int) -> Turn:
@@ -70,14 +74,14 @@ def their_training(config: Config, batch: int, *, experts: str, dtype: str) -> T
     shape = (training.batch_size, training.sequence_length)
     tokens = torch.randint(0, config.model.vocab_size, shape, device=device)
 
-    def turn():
+    def step():
         optimizer.zero_grad(set_to_none=True)
         model(tokens, labels=tokens).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         wait(torch, device)
 
-    return turn
+    return turns.second_of_two(step)
 
 
 def their_decoding(config: Config, batch: int, *, experts: str, dtype: str) -> Turn:
@@ -155,16 +159,25 @@ THEIRS = {
 }
 
 
-def _contestants(we, they, limit: dict) -> dict[str, Callable[[Config, int], Turn]]:
+def _contestants(we: dict, they, limit: dict) -> dict[str, Callable[[Config, int], Turn]]:
     return {
-        "mixtral_jax": we,
+        **we,
         **{name: partial(they, **options) for name, options in THEIRS.items()},
         **limit,
     }
 
 
 CONTESTANTS = {
-    "train": _contestants(our_training, their_training, {"dense products": dense_products}),
-    "decode": _contestants(our_decoding, their_decoding, {"reading active weights": reading}),
+    "train": _contestants(
+        {
+            "mixtral_jax": our_training,
+            "mixtral_jax bfloat16": partial(our_training, compute_dtype="bfloat16"),
+        },
+        their_training,
+        {"dense products": dense_products},
+    ),
+    "decode": _contestants(
+        {"mixtral_jax": our_decoding}, their_decoding, {"reading active weights": reading}
+    ),
 }
 LIMITS = ("dense products", "reading active weights")

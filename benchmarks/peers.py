@@ -7,11 +7,12 @@
 
 Each contestant (benchmarks/contestants.py) is a process of its own that waits while the others
 work, so that a noisy machine is noisy for all; with --alone each ends before the next one starts,
-where memory does not hold all of them. One JSON line each, medians; the limit is the time of the
-same floating-point work as plain dense products in XLA (train), or of reading what a step must read
-(decode), measured in the same turns. Wants requirements-parity.txt, and for all contestants of
-`train` with the default config about 20 GB. Transformers' weights and optimizer state are of its
-dtype; ours are float32 on CPU, and elsewhere as the config says.
+where memory does not hold all of them. A turn of training is two steps, of which the second is
+timed. One JSON line each, medians; the limit is the time of the same floating-point work as plain
+dense products in XLA (train), or of reading what a step must read (decode), measured in the same
+turns. Wants requirements-parity.txt, and for all contestants of `train` with the default config
+about 24 GB. Transformers' weights and optimizer state are of its dtype; ours are float32 on CPU,
+and elsewhere as the config says.
 """
 
 from __future__ import annotations

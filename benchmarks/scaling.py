@@ -33,7 +33,7 @@ from mixtral_jax.config import MeshConfig, ModelConfig
 def steps(arguments) -> None:
     if arguments.of:
         config = ours.load(arguments.config, [*arguments.overrides, f"mesh.expert={arguments.of}"])
-        turns.work(ours.Training(config).step)
+        turns.work(turns.second_of_two(ours.Training(config).step))
         return
     command = [__file__, "steps", "--config", arguments.config, *arguments.overrides]
     commands = {str(n): [*command, "--of", str(n)] for n in arguments.devices}

@@ -46,6 +46,7 @@ class Block(NamedTuple):
         return lax.dynamic_update_slice_in_dim(x_RD, rows_bD, self.first, axis=0)
 
     def matrix(self, w_EDF: jax.Array) -> jax.Array:
+        """The expert's."""
         return lax.dynamic_index_in_dim(w_EDF, self.expert, keepdims=False)
 
     def add(self, w_EDF: jax.Array, part_DF: jax.Array) -> jax.Array:
@@ -95,11 +96,12 @@ def for_each_block(
 def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype=None) -> jax.Array:
     """The product of two matrices over an axis of each, rounded once to a type: that of a if None.
 
-    No copy to transpose either. Asked for float32, XLA:CPU multiplies bfloat16 as it is, where the
-    machine can and neither matrix is transposed on the left; otherwise it widens both first.
+    b is converted to the type of a. No copy to transpose either. Asked for float32, XLA:CPU
+    multiplies bfloat16 as it is, where the machine can and a does not lie transposed; otherwise it
+    widens both first.
     """
     dimensions = (((a_axis,), (b_axis,)), ((), ()))
-    out = lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+    out = lax.dot_general(a, b.astype(a.dtype), dimensions, preferred_element_type=jnp.float32)
     return out.astype(dtype or a.dtype)
 
 

@@ -23,7 +23,8 @@ def experts(
     """out[r] = down(silu(gate x[r]) * (up x[r])) with the matrices of row r's expert.
 
     Arguments as for grouped_matmul: rows past sum(group_sizes) come out as zeros. What the
-    backward pass may keep is named `expert_gate` and `expert_up`.
+    backward pass may keep is named `expert_gate` and `expert_up`. The matrices may be of another
+    type for `blocks`, which converts one at a time and gives gradients in that type.
 
     Returns:
       out_RD in the type of x.

@@ -151,7 +151,9 @@ class MoE(nnx.Module):
             )
             into, out_of = int8.Int8(out_of, scale_EF), int8.Int8(into, scale_ED)
         else:
-            weights = [jax.tree.map(lambda w: w.astype(dtype), p.get_value()) for p in weights]
+            weights = [p.get_value() for p in weights]
+            if grouped != "blocks" or isinstance(weights[0], tuple):  # blocks converts them itself
+                weights = jax.tree.map(lambda w: w.astype(dtype), weights)
         batch = sharding.spec("batch")
         body = jax.shard_map(
             partial(_sparse_experts, config=self.config, exchange=exchange, grouped=grouped),

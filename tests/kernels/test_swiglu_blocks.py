@@ -126,3 +126,17 @@ def test_bfloat16_sums_in_float32():
     hidden = 1.75 * 1.75 / (1 + np.exp(-1.75))
     np.testing.assert_allclose(np.float32(d_down[0]), rows * hidden, rtol=2**-6)
     assert not d_down[1].any()
+
+
+def test_float32_matrices_of_bfloat16_rows_have_float32_gradients():
+    """Not rounded to bfloat16 on the way; everything else as with matrices in bfloat16."""
+    rows, ones = 513, jnp.bfloat16(1)
+    x_RD, g_RD = jnp.full((rows, D), ones), jnp.full((rows, D), ones)
+    matrices = [np.ones(s, np.float32) for s in [(2, D, F), (2, D, F), (2, F, D)]]
+    out, dx, *grads = compiled("blocks")(x_RD, *matrices, np.int32([rows, 0]), g_RD)
+    assert [a.dtype for a in (out, dx, *grads)] == [jnp.bfloat16] * 2 + [jnp.float32] * 3
+    rounded = compiled("blocks")(x_RD, *map(jnp.bfloat16, matrices), np.int32([rows, 0]), g_RD)
+    oracle.close((out, dx), rounded[:2], rel=0)
+    for wide, narrow in zip(grads, rounded[2:], strict=True):
+        np.testing.assert_array_equal(wide.astype(jnp.bfloat16), narrow)
+    assert grads[2][0, 0, 0] != rounded[4][0, 0, 0]
