@@ -13,6 +13,7 @@ from mixtral_jax.generation.answering import Task
 from mixtral_jax.generation.compiled import Programs
 from mixtral_jax.generation.placing import Placing
 from mixtral_jax.generation.programs import Made, Progress, Rows
+from mixtral_jax.generation.rows import Part
 
 
 class Devices:
@@ -35,7 +36,7 @@ class Devices:
     def extend(
         self,
         asked: list[Task | None],
-        parts: dict[int, tuple[Task, int, int, bool]],
+        parts: dict[int, Part],
         shape: tuple[int, int],
         score: bool,
     ) -> Made:
@@ -43,7 +44,7 @@ class Devices:
 
         Args:
           asked: the task of each row.
-          parts: by lane, counted over all devices, (task, start, count, whether the answer begins).
+          parts: by lane, counted over all devices.
           shape: lanes of each device, and the tokens that each part is padded to.
           score: whether log-probabilities of the prompts are wanted.
         """

@@ -35,7 +35,7 @@ from mixtral_jax.generation.placing import Placing, rows_that_fit
 from mixtral_jax.generation.programs import empty
 from mixtral_jax.generation.request import Options, Request, Serving, check_request
 from mixtral_jax.generation.results import Answer
-from mixtral_jax.generation.routing import Routing
+from mixtral_jax.generation.routing import ChosenExperts
 from mixtral_jax.generation.scheduler import Scheduler, Turn
 from mixtral_jax.model.cache import bytes_of_row, places
 from mixtral_jax.model.mixtral import Mixtral, compute_dtype
@@ -107,7 +107,7 @@ class Engine:
         placing = Placing(mesh, self.rows, shards)
         self._devices = Devices(Programs(graphdef, mesh, options), params, progress, placing)
         self._scheduler = Scheduler(self._devices, placing, length, part)
-        self._routing = Routing(graphdef, self.config, placing)
+        self._chosen_experts = ChosenExperts(graphdef, self.config, placing)
         self._busy = False
 
     def _rows_in_memory(self, wanted: int, size: int, mesh: jax.sharding.Mesh, shards: int) -> int:
@@ -175,7 +175,7 @@ class Engine:
         Raises:
           InputError: if there is no such layer.
         """
-        return self._routing(self._devices.params, tokens, layer)
+        return self._chosen_experts(self._devices.params, tokens, layer)
 
     def warm_up(self, score: bool = False) -> None:
         """Compile every shape that serving may need, those of scored prompts too if asked to."""
@@ -242,7 +242,7 @@ class Engine:
             if task.answer is not None:  # it had ended before: a step in vain
                 continue
             if place in turn.parts:
-                start, count, answers = turn.parts[place]
+                _, start, count, answers = turn.parts[place]
                 if task.options.prompt_logprobs is not None:
                     task.scored(_at(made.prompt, place), start, count)
                 if not answers:

@@ -13,6 +13,7 @@ from mixtral_jax import sharding
 from mixtral_jax.generation.answering import Task
 from mixtral_jax.generation.programs import ENDS, NOTHING, Lanes, Rows
 from mixtral_jax.generation.request import Options
+from mixtral_jax.generation.rows import Part
 from mixtral_jax.generation.sampling import Parameters
 
 SHARE = 0.8
@@ -38,8 +39,8 @@ class Placing:
     def split(self, *arrays: np.ndarray):
         return jax.device_put(arrays, sharding.batch_sharding(self.mesh))
 
-    def lanes(self, shape: tuple[int, int], parts: dict[int, tuple[Task, int, int, bool]]) -> Lanes:
-        """Parts of prompts by lane: (task, start, count, whether the answer begins).
+    def lanes(self, shape: tuple[int, int], parts: dict[int, Part]) -> Lanes:
+        """Parts of prompts by lane.
 
         Args: shape: lanes of each device, and the tokens that each is padded to.
         """
@@ -48,12 +49,13 @@ class Placing:
         following = np.zeros_like(tokens)
         row, start, count = (np.zeros(len(tokens), np.int32) for _ in range(3))
         last = np.zeros(len(tokens), bool)
-        for lane, (task, first, many, answers) in parts.items():
-            tokens[lane, :many] = task.prompt[first : first + many]
-            after = task.prompt[first + 1 : first + many + 1]
+        for lane, part in parts.items():
+            end = part.start + part.count
+            tokens[lane, : part.count] = part.task.prompt[part.start : end]
+            after = part.task.prompt[part.start + 1 : end + 1]
             following[lane, : len(after)] = after
-            row[lane], start[lane] = task.row % self._each, first
-            count[lane], last[lane] = many, answers
+            row[lane], start[lane] = part.task.row % self._each, part.start
+            count[lane], last[lane] = part.count, part.answers
         return Lanes(*self.split(tokens, following, row, start, count, last))
 
     def marks(self, vocabulary: int, tasks: dict[int, Task]):

@@ -14,7 +14,7 @@ from mixtral_jax.generation.placing import Placing
 from mixtral_jax.generation.rows import length_of
 
 
-class Routing:
+class ChosenExperts:
     """The experts of a model's tokens, by a program for each layer and length that is asked for."""
 
     def __init__(self, graphdef: nnx.GraphDef, config: ModelConfig, placing: Placing):

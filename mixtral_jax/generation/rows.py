@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,16 @@ MOST_LANES = 8
 """Prompts that a device runs parts of at a time."""
 COPY = 32
 """Tokens in common from which it pays to copy another row's cache."""
+
+
+class Part(NamedTuple):
+    """Tokens of a task's prompt that one lane runs."""
+
+    task: Task
+    start: int
+    count: int
+    answers: bool
+    """Whether the answer begins at its end."""
 
 
 class Row:

@@ -16,6 +16,7 @@ from mixtral_jax.generation.rows import (
     COPY,
     LEAST_PART,
     MOST_LANES,
+    Part,
     Row,
     choose,
     common,
@@ -33,8 +34,8 @@ class Turn(NamedTuple):
     made: Made
     tasks: dict[int, Task]
     """By their place in `made`."""
-    parts: dict[int, tuple[int, int, bool]]
-    """Of prompts: (start, count, whether the answer begins), by place."""
+    parts: dict[int, Part]
+    """Of prompts, by place; none where it was a decoding step."""
 
 
 class Scheduler:
@@ -170,7 +171,7 @@ class Scheduler:
         score = any(task.options.prompt_logprobs is not None for task in first)
         several = not score and max(map(len, self._lanes)) > 1
         each = self._lanes_of(length) if several else 1
-        parts: dict[int, tuple[Task, int, int, bool]] = {}
+        parts: dict[int, Part] = {}
         for shard, lanes in enumerate(self._lanes):
             chosen = [
                 task
@@ -181,7 +182,7 @@ class Scheduler:
             for lane, task in enumerate(chosen[:each], shard * each):
                 start, count = task.done, min(length, _left(task))
                 answers = start + count == len(task.prompt) and task.options.max_new_tokens > 0
-                parts[lane] = (task, start, count, answers)
+                parts[lane] = Part(task, start, count, answers)
         for task, start, count, answers in parts.values():
             task.done += count
             self._rows[task.row].written += task.prompt[start : task.done]
@@ -191,10 +192,10 @@ class Scheduler:
                 if not _decodes(task):
                     self._rows[task.row].task = None
         made = self._devices.extend(self._asked(), parts, (each, length), score)
-        tasks = {lane: task for lane, (task, *_) in parts.items()}
-        turn = Turn(made, tasks, {lane: part[1:] for lane, part in parts.items()})
-        tokens = np.bincount([lane // each for lane in parts], [p[2] for p in parts.values()])
-        return turn, int(tokens.max())
+        tasks = {lane: part.task for lane, part in parts.items()}
+        counts = [part.count for part in parts.values()]
+        tokens = np.bincount([lane // each for lane in parts], counts)
+        return Turn(made, tasks, parts), int(tokens.max())
 
     def _lanes_of(self, length: int) -> int:
         return lanes_of(length, self._part, self._placing.rows // self._placing.shards)
