@@ -156,14 +156,15 @@ def test_serve(command, tiny):
 
 
 def test_peers(command, tiny):
-    """The limit by itself: a process of its own that takes its turns."""
-    (line,) = command(
-        "peers", "train", "--config", tiny, "--steps", "2", "--only", "dense products"
-    )
-    assert line["name"] == "dense products"
-    assert line["of_limit"] == line["times_of_first"] == 1
-    assert line["turns"] == 2
-    assert line["peak_bytes"] > 0
+    """Ours and the limit: processes of their own that take turns."""
+    names = ["mixtral_jax bfloat16", "dense products"]
+    ours, limit = command("peers", "train", "--config", tiny, "--steps", "2", "--only", *names)
+    assert [ours["name"], limit["name"]] == names
+    assert ours["of_limit"] == pytest.approx(limit["seconds"] / ours["seconds"], rel=1e-3)
+    assert limit["of_limit"] == ours["times_of_first"] == 1
+    for line in (ours, limit):
+        assert line["turns"] == 2
+        assert line["peak_bytes"] > 0
 
 
 @pytest.mark.slow
@@ -243,6 +244,19 @@ def test_a_median_of_turns(monkeypatch):
     works = {name: lambda name=name: called.append(name) for name in ("a", "b")}
     assert measure.take_turns(works, 3) == {"a": 1, "b": 1}
     assert called == ["a", "a", "b", "b", *["a", "b"] * 3]
+
+
+def test_of_two_steps_the_second_is_timed(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import turns
+
+    clock, steps = [0.0], iter([7.0, 2.0])
+
+    def step():
+        clock[0] += next(steps)
+
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: clock[0])
+    assert turns.second_of_two(step)() == 2
 
 
 def test_flags_for_xla_are_a_part_of_the_line(monkeypatch, capsys):
