@@ -38,6 +38,7 @@ from mixtral_jax.generation.results import Answer
 from mixtral_jax.generation.routing import ChosenExperts
 from mixtral_jax.generation.scheduler import Scheduler, Turn
 from mixtral_jax.model.cache import bytes_of_row, places
+from mixtral_jax.model.int8 import Int8
 from mixtral_jax.model.mixtral import Mixtral, compute_dtype
 from mixtral_jax.model.unstacked import unstacked
 
@@ -99,8 +100,9 @@ class Engine:
         options: dict[str, str] = {}
         if mesh.devices.flat[0].platform == "cpu":
             several = self.rows > shards
+            quantized = isinstance(model.head_DV, Int8)  # in blocks: YNNPACK is faster
             model = unstacked(model, transposed=not several)
-            options = small_products() if several else {}
+            options = small_products() if several and not quantized else {}
         graphdef, params = nnx.split(model)
         with jax.set_mesh(mesh):
             progress = jax.jit(partial(empty, model, self.rows, length, dtype))()

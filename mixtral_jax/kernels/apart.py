@@ -20,14 +20,13 @@ LEAST_ROWS, MOST_ROWS = 8, 64
 """In a block of more than one: 2 to 8 rows take as long, and more than 64 run no faster."""
 FEW = 1
 """Rows an expert, on average, up to which each is a block: a vector times a matrix runs at the
-speed of reading it, and again from the cache; a product of 2 to 8 rows takes up to twice that."""
-FEW_INT8 = 2
-"""The same in int8, where 4 rows take twice as long as one, and 16 four times."""
+speed of reading it, and again from the cache; a product of 2 to 8 rows takes up to twice that, in
+int8 too."""
 
 
-def block_rows(rows: int, experts: int, few: int = FEW) -> int:
+def block_rows(rows: int, experts: int) -> int:
     """Rows in a block: one where an expert has few on average, else that mean, as 8 to 64."""
-    if rows <= few * experts:
+    if rows <= FEW * experts:
         return 1
     average = 1 << (rows // experts - 1).bit_length()
     return min(max(LEAST_ROWS, average), MOST_ROWS, rows)
@@ -50,8 +49,7 @@ def experts(
       out_RD in the type of x; rows past sum(group_sizes) are zeros.
     """
     num_rows = x_RD.shape[0]
-    few = FEW_INT8 if isinstance(gates_DF[0], int8.Int8) else FEW
-    block = block_rows(num_rows, len(gates_DF), few)
+    block = block_rows(num_rows, len(gates_DF))
     starts_E = starts(group_sizes_E)
     blocks_E = (group_sizes_E + block - 1) // block
     ends_E = jnp.cumsum(blocks_E)  # blocks are numbered through all experts

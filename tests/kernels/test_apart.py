@@ -69,7 +69,6 @@ def test_blocks_are_of_one_row_where_rows_are_few_and_of_the_mean_elsewhere():
     assert [apart.block_rows(rows, 8) for rows in (9, 64, 128, 137, 264)] == [8, 8, 16, 32, 64]
     assert [apart.block_rows(rows, 8) for rows in (512, 10**6)] == [64, 64]
     assert apart.block_rows(5, 1) == 5
-    assert [apart.block_rows(rows, 8, apart.FEW_INT8) for rows in (16, 17)] == [1, 8]
 
 
 @pytest.mark.usefixtures("optimized")
