@@ -67,7 +67,7 @@ def _logits_backward(residuals, g_BLV):
         )
         return out.astype(like.dtype)
 
-    g_BLV = g_BLV.astype(x_BLD.dtype)  # as a product with float32 would round it on TPU
+    g_BLV = g_BLV.astype(x_BLD.dtype)  # as TPUs do with float32 when they multiply it
     dx_BLD = product(g_BLV, head_DV, ((2,), (1,)), x_BLD)
     return dx_BLD, product(x_BLD, g_BLV, ((0, 1), (0, 1)), head_DV)
 

@@ -5,6 +5,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
@@ -328,6 +329,16 @@ def test_ragged_equals_padded(changes, mesh):
 def test_other_bodies_on_one_device_equal_local(body):
     arguments, wanted = case("padding")
     oracle.close(compiled(ONE, exchange=body)(*arguments), wanted)
+
+
+def test_bfloat16_tokens_do_not_round_the_gradients_of_float32_matrices():
+    params, x_BLD, real_BL, g = draw()
+    out, _, gradients, _ = compiled(ONE)(params, x_BLD.astype(jnp.bfloat16), real_BL, g)
+    assert out.dtype == jnp.bfloat16
+    for name in ("gate_EDF", "up_EDF", "down_EFD"):
+        gradient = gradients[name]
+        assert gradient.dtype == np.float32
+        assert (gradient != gradient.astype(jnp.bfloat16)).any(), name
 
 
 def test_bodies_that_cannot_run_here_are_refused():
