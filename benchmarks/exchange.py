@@ -33,7 +33,6 @@ def prepare(body: str, tokens: int, experts: int, per_token: int, shards: int, w
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from jax.sharding import NamedSharding
 
     from mixtral_jax import sharding
     from mixtral_jax.kernels import exchange as exchanges
@@ -59,7 +58,7 @@ def prepare(body: str, tokens: int, experts: int, per_token: int, shards: int, w
     mesh = sharding.make_mesh(expert=shards)
     random = np.random.default_rng(0)
     order = random.random((tokens * shards, experts)).argsort(axis=1)
-    where = NamedSharding(mesh, sharding.spec("batch"))
+    where = sharding.on(mesh, "batch")
     x = jnp.asarray(random.normal(size=(tokens * shards, width)), dtype)
     arguments = jax.device_put((x, order[:, :per_token].astype(np.int32)), where)
     with jax.set_mesh(mesh):

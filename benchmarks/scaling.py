@@ -64,14 +64,13 @@ def layer(config: ModelConfig, mesh, tokens: int, options: dict | None):
     import jax
     import jax.numpy as jnp
     from flax import nnx
-    from jax.sharding import NamedSharding
 
     from mixtral_jax import sharding
     from mixtral_jax.model.mixtral import compute_dtype
     from mixtral_jax.model.moe import MoE
 
     graphdef, state = nnx.split(nnx.eval_shape(lambda: MoE(config, jax.random.key(0))))
-    where = NamedSharding(mesh, sharding.spec("batch"))
+    where = sharding.on(mesh, "batch")
 
     def loss(params, x_BLD, real_BL):
         out_BLD, _ = nnx.merge(graphdef, params)(x_BLD, real_BL)

@@ -51,9 +51,30 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 }
 
 
-def spec(*logical: str | None) -> PartitionSpec:
-    """The PartitionSpec of an array whose dimensions have these logical axes."""
-    return PartitionSpec(*(RULES[name] for name in logical))
+def spec(*logical: str | None, mesh: jax.sharding.Mesh | None = None) -> PartitionSpec:
+    """The PartitionSpec of an array whose dimensions have these logical axes.
+
+    Args:
+      mesh: the one that is set, if None. Its axes of one device are left out: JAX would take what
+        is split over them for something else than what is not, and XLA:CPU copies each array that
+        is summed over them.
+    """
+
+    def axes(name: str | None) -> str | tuple[str, ...] | None:
+        rule = RULES[name]
+        found = in_use(*([rule] if isinstance(rule, str) else rule or ()), mesh=mesh)
+        return found if len(found) > 1 else next(iter(found), None)
+
+    return PartitionSpec(*map(axes, logical))
+
+
+def in_use(*axes: str, mesh: jax.sharding.Mesh | None = None) -> tuple[str, ...]:
+    """Those mesh axes along which a mesh (the one that is set, if None) has several devices.
+
+    All of them where none is set.
+    """
+    sizes = (mesh or jax.sharding.get_abstract_mesh()).shape
+    return tuple(axis for axis in axes if sizes.get(axis) != 1)
 
 
 def shard(x: jax.Array, *logical: str | None) -> jax.Array:
@@ -161,21 +182,17 @@ def batch_shards() -> int:
     return math.prod(current_mesh().shape[axis] for axis in BATCH_AXES)
 
 
-def param_specs(state: Any) -> Any:
-    """PartitionSpecs of a tree of nnx variables, read from the logical axes each was made with."""
-    return jax.tree.map(
-        lambda variable: variable.replace(spec(*variable.get_metadata("logical_axes"))),
-        state,
-        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
-    )
+def on(mesh: jax.sharding.Mesh, *logical: str | None) -> NamedSharding:
+    """The sharding on a mesh of an array whose dimensions have these logical axes."""
+    return NamedSharding(mesh, spec(*logical, mesh=mesh))
 
 
 def param_shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:
-    """NamedShardings of a tree of nnx variables on a mesh."""
+    """NamedShardings of a tree of nnx variables, by the logical axes each was made with."""
     return jax.tree.map(
-        lambda s: NamedSharding(mesh, s),
-        param_specs(state),
-        is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
+        lambda variable: variable.replace(on(mesh, *variable.get_metadata("logical_axes"))),
+        state,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
     )
 
 
@@ -186,7 +203,7 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """The sharding of an array whose first dimension is the batch."""
-    return NamedSharding(mesh, spec("batch"))
+    return on(mesh, "batch")
 
 
 # ---- start-up ----------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from mixtral_jax import sharding
 
@@ -35,7 +34,7 @@ def shardings(tree, mesh):
     def where(leaf):
         if isinstance(leaf, nnx.Variable):
             return sharding.param_shardings(leaf, mesh)
-        return NamedSharding(mesh, sharding.spec("batch") if np.ndim(leaf) else PartitionSpec())
+        return sharding.on(mesh, *["batch"] * min(np.ndim(leaf), 1))
 
     return jax.tree.map(where, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

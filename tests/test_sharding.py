@@ -78,6 +78,19 @@ def test_logical_axes_become_mesh_axes():
         sharding.spec("width")
 
 
+@pytest.mark.parametrize("mesh", [(1, 2, 1, 3)], indirect=True, ids=["1x2x1x3"])
+def test_axes_of_one_device_split_nothing(mesh):
+    """`mesh` is set; `other` is named."""
+    other = sharding.make_mesh(expert=2, data=2)
+    assert sharding.spec("batch", "experts", "heads") == PartitionSpec("fsdp", None, "tensor")
+    assert sharding.spec("batch", "model", "heads", mesh=other) == PartitionSpec(
+        ("data", "expert"), "expert", None
+    )
+    assert sharding.on(other, "experts").spec == PartitionSpec("expert")
+    assert sharding.in_use(*sharding.AXES) == ("fsdp", "tensor")
+    assert sharding.in_use("data", "expert") == ()
+
+
 def test_rules_name_mesh_axes_only():
     for axes in sharding.RULES.values():
         assert set(np.atleast_1d(axes or [])) <= set(sharding.AXES)
@@ -86,7 +99,7 @@ def test_rules_name_mesh_axes_only():
 @pytest.mark.parametrize("mesh", [(1, 2, 2, 2)], indirect=True, ids=["1x2x2x2"])
 def test_shard_moves_an_array(mesh):
     x = np.arange(24.0).reshape(4, 6)
-    placed = jax.device_put(x, jax.NamedSharding(mesh, sharding.spec("model", "heads")))
+    placed = jax.device_put(x, sharding.on(mesh, "model", "heads"))
     whole = jax.jit(lambda x: sharding.shard(x, None, None))(placed)
     assert whole.sharding.is_fully_replicated
     assert placed.addressable_shards[0].data.shape == (1, 3)
@@ -103,9 +116,9 @@ def test_parameters_are_placed_by_the_axes_they_were_made_with():
             "norm": nnx.Param(np.zeros(6), logical_axes=(None,)),
         }
     )
-    specs = sharding.param_specs(state)
-    assert specs["gate"].get_raw_value() == PartitionSpec("expert", "fsdp", "tensor")
-    placed = jax.device_put(state, sharding.param_shardings(state, mesh))
+    wanted = sharding.param_shardings(state, mesh)
+    assert wanted["gate"].get_raw_value().spec == PartitionSpec("expert", "fsdp", "tensor")
+    placed = jax.device_put(state, wanted)
     assert placed["gate"].get_raw_value().addressable_shards[0].data.shape == (2, 3, 5)
     assert placed["norm"].get_raw_value().sharding.is_fully_replicated
 
@@ -139,7 +152,7 @@ import jax
 sharding.start(MeshConfig(data=2, expert=3))
 print(len(jax.devices()))
 mesh = sharding.make_mesh(2, 1, 3)
-x = jax.device_put(jax.numpy.arange(6), jax.NamedSharding(mesh, sharding.spec("batch")))
+x = jax.device_put(jax.numpy.arange(6), sharding.on(mesh, "batch"))
 with jax.set_mesh(mesh):
     print(int(jax.jit(jax.numpy.sum)(x)))
 """

@@ -40,19 +40,20 @@ WITHOUT_RAGGED = ("TPU v5 lite",)
 
 
 def resolve(implementation: str | None, expert_shards: int) -> str:
-    """The body to use: the one asked for, or the platform's best.
+    """The body to use: the one asked for, or the platform's best; with one device always local.
 
     Raises:
       ValueError: if the one asked for cannot run on this platform or mesh.
     """
     here = platform()
+    if implementation:
+        check_body("exchange", implementation, here, PLATFORMS, instead="padded")
+    if expert_shards == 1:
+        return "local"
     if not implementation:
-        if expert_shards == 1:
-            return "local"
         padded = here == "cpu" or device_kind() in WITHOUT_RAGGED
         return "padded" if padded else "ragged"
-    check_body("exchange", implementation, here, PLATFORMS, instead="padded")
-    if implementation == "local" and expert_shards > 1:
+    if implementation == "local":
         raise ValueError(
             f"exchange=local cannot reach experts on {expert_shards} devices: use padded or ragged"
         )

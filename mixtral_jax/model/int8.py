@@ -60,7 +60,7 @@ def out_of_heads(x_BLKGH: jax.Array, w: Int8) -> jax.Array:
     def local(x_BLKGH, values_DKGH, scale_D):
         x_TF = x_BLKGH.reshape(x_BLKGH.shape[0] * x_BLKGH.shape[1], -1)
         flat = int8.Int8(values_DKGH.reshape(values_DKGH.shape[0], -1), scale_D)
-        out_TD = lax.psum(int8.product(x_TF, flat), sharding.TENSOR)
+        out_TD = lax.psum(int8.product(x_TF, flat), sharding.in_use(sharding.TENSOR))
         return out_TD.reshape(*x_BLKGH.shape[:2], -1)
 
     batch = sharding.spec("batch")

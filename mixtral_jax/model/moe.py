@@ -196,7 +196,8 @@ def _sparse_experts(
     with jax.named_scope("exchange"):  # 3. rows to their experts
         plan = exchanges.plan(exchange, kept_E)
         statistics = local_statistics(routing, real_T, (chosen_E - plan.kept_E).sum())
-        statistics = jax.tree.map(lambda s: lax.psum(s, sharding.BATCH_AXES), statistics)
+        over = sharding.in_use(*sharding.BATCH_AXES)
+        statistics = jax.tree.map(lambda s: lax.psum(s, over), statistics)
         rows = dispatch_rows(
             *(routing.ids_TC, order_A, rank_CT, chosen_E, plan.kept_E, plan.offsets_E),
             exchange.send_rows,
@@ -225,7 +226,7 @@ def _sparse_experts(
         parts_AD = take_rows(returned_RD, rows.row_CT.reshape(-1), rows.assignment_R[None])
         parts_CTD = parts_AD.reshape(per_token, tokens, -1)
         out_TD = jnp.einsum("TC,CTD->TD", routing.weights_TC.astype(x_TD.dtype), parts_CTD)
-        out_TD = lax.psum(out_TD, sharding.TENSOR)
+        out_TD = lax.psum(out_TD, sharding.in_use(sharding.TENSOR))
     return out_TD.reshape(x_BLD.shape), statistics
 
 

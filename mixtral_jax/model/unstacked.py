@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
 
 from mixtral_jax import sharding
 from mixtral_jax.model.int8 import Int8
@@ -58,7 +57,7 @@ def _whole(param: nnx.Param, widen) -> nnx.Param:
 def _transposed(param: nnx.Param) -> nnx.Param:
     logical = param.get_metadata("logical_axes")[::-1]
     array = param.get_value()
-    where = NamedSharding(array.sharding.mesh, sharding.spec(*logical))
+    where = sharding.on(array.sharding.mesh, *logical)
     with sharding.no_mesh():
         return nnx.Param(jax.jit(jnp.transpose, out_shardings=where)(array), logical_axes=logical)
 
@@ -84,7 +83,7 @@ def _layer(param: nnx.Param, layer: int, widen) -> nnx.Param:
 
 def _placed(array: jax.Array, shape, logical, part=(), *, dtype: jnp.dtype) -> jax.Array:
     """The array that is made of the same part of each device's share of another."""
-    where = NamedSharding(array.sharding.mesh, sharding.spec(*logical))
+    where = sharding.on(array.sharding.mesh, *logical)
     dtype = array.dtype if array.dtype == jnp.int8 else jnp.promote_types(array.dtype, dtype)
     with sharding.no_mesh():
         parts = [

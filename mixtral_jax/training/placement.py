@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from mixtral_jax import sharding
 from mixtral_jax.config import Config
@@ -23,7 +22,7 @@ class Placement:
         self._micro = training.gradient_accumulation
         self._rows = training.batch_size // self._micro
         self.shape = (self._micro, self._rows, training.sequence_length)
-        self.sharding = NamedSharding(mesh, sharding.spec(None, "batch"))
+        self.sharding = sharding.on(mesh, None, "batch")
         mine = self.sharding.addressable_devices_indices_map(self.shape).values()
         self.rows = sorted({row for index in mine for row in self._global_rows(index[1])})
         """Rows of the global batch that this host must supply."""

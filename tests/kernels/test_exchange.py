@@ -41,12 +41,21 @@ def test_the_best_body_of_each_chip(monkeypatch, asked, platform, kind, shards, 
 
 
 @pytest.mark.parametrize(
-    ("platform", "asked", "shards"),
-    [("cpu", "padded", 4), ("cpu", "padded", 1), ("tpu", "padded", 2), ("gpu", "ragged", 1)],
+    ("platform", "asked", "shards", "body"),
+    [
+        ("cpu", "padded", 4, "padded"),
+        ("tpu", "padded", 2, "padded"),
+        ("gpu", "ragged", 3, "ragged"),
+        ("cpu", "padded", 1, "local"),
+        ("gpu", "ragged", 1, "local"),
+        ("cpu", "local", 1, "local"),
+    ],
 )
-def test_the_body_asked_for_is_the_body_used(monkeypatch, platform, asked, shards):
+def test_the_body_asked_for_is_used_where_something_moves(
+    monkeypatch, platform, asked, shards, body
+):
     monkeypatch.setattr(exchanges, "platform", lambda: platform)
-    assert exchanges.resolve(asked, shards) == asked
+    assert exchanges.resolve(asked, shards) == body
 
 
 @pytest.mark.parametrize(

@@ -78,17 +78,25 @@ def moved_experts(program, shards):
     ]
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 4, 1), (2, 2, 2, 1)], ids=describe)
-def test_rows_travel_to_the_experts_and_never_the_reverse(optimized, sizes):
-    mesh, config = (
-        sharding.make_mesh(*sizes),
-        make_config(intermediate_size=HIDDEN, num_local_experts=EXPERTS),
-    )
+def program_of(sizes):
+    """The loss and its gradient, compiled for a mesh."""
+    mesh = sharding.make_mesh(*sizes)
+    config = make_config(intermediate_size=HIDDEN, num_local_experts=EXPERTS)
     graphdef, state = abstract_state(config)
     step = jax.value_and_grad(functools.partial(loss_of, graphdef), has_aux=True)
     with jax.set_mesh(mesh):
         lowered = jax.jit(step).lower(*shapes((state, *make_batch()), mesh))
-        program = lowered.compile().as_text()
+        return lowered.compile().as_text()
+
+
+def test_one_device_sums_over_no_axis(optimized):
+    """XLA:CPU copies what it sums over an axis of one device: the gradients of all experts."""
+    assert collectives(program_of(ONE)) == []
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 4, 1), (2, 2, 2, 1)], ids=describe)
+def test_rows_travel_to_the_experts_and_never_the_reverse(optimized, sizes):
+    program = program_of(sizes)
     rows = [shape for kind, shape in collectives(program) if kind == "all-to-all"]
     assert len(rows) >= 4, "there and back, forward and backward"
     assert all(shape[-1] == WIDTH for shape in rows)
@@ -105,10 +113,8 @@ def test_a_program_that_gathers_experts_would_be_seen(optimized, sizes):
     def gathers(gate_EDF):
         return jnp.sin(sharding.shard(gate_EDF, None, "expert_model", None))
 
-    spec = sharding.spec("experts", "expert_model", None)
-    gate_EDF = jax.ShapeDtypeStruct(
-        (EXPERTS, WIDTH, HIDDEN), jnp.float32, sharding=jax.NamedSharding(mesh, spec)
-    )
+    where = sharding.on(mesh, "experts", "expert_model", None)
+    gate_EDF = jax.ShapeDtypeStruct((EXPERTS, WIDTH, HIDDEN), jnp.float32, sharding=where)
     with jax.set_mesh(mesh):
         program = jax.jit(gathers).lower(gate_EDF).compile().as_text()
     assert moved_experts(program, sizes[2])
@@ -124,7 +130,7 @@ def test_the_batch_splits_over_every_axis_but_tensor():
             functools.partial(loss_of, graphdef), *arguments
         )
     assert logits_BLV.shape == (B, L, 38)
-    assert logits_BLV.sharding.spec == sharding.spec("batch", None, "vocabulary")
+    assert logits_BLV.sharding.spec == sharding.spec("batch", None, "vocabulary", mesh=mesh)
     assert all(not any(a.sharding.spec) for a in jax.tree.leaves(statistics))
     np.testing.assert_array_equal(logits_BLV.sharding.mesh.axis_sizes, (1, 2, 2, 2))
 

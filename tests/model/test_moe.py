@@ -325,10 +325,9 @@ def test_ragged_equals_padded(changes, mesh):
         oracle.close(ragged(*arguments), padded(*arguments), rel=1e-6)
 
 
-@pytest.mark.parametrize("body", ["padded", "ragged"])
-def test_other_bodies_on_one_device_equal_local(body):
+def test_a_config_for_many_devices_runs_on_one():
     arguments, wanted = case("padding")
-    oracle.close(compiled(ONE, exchange=body)(*arguments), wanted)
+    oracle.close(compiled(ONE, exchange="padded")(*arguments), wanted)
 
 
 def test_bfloat16_tokens_do_not_round_the_gradients_of_float32_matrices():
