@@ -73,7 +73,9 @@ def _backward(residuals, g_RD):
 
     sums = [vary_like(jnp.zeros(gate_EDF.shape, jnp.float32), x_RD)] * 3
     grads = for_each_block(group_sizes_E, x_RD.shape[0], body, (jnp.zeros_like(x_RD), *sums))
-    grads = (*grads[:3], grads[3].swapaxes(1, 2))  # that of down was summed transposed
+    # That of down was summed transposed. XLA:CPU would turn it back while it writes it among those
+    # of the other layers, on one core.
+    grads = (*grads[:3], jax.lax.map(jnp.transpose, grads[3]))
     return *(sum_like(g, a).astype(a.dtype) for g, a in zip(grads, operands)), None
 
 
