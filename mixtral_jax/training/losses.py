@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from mixtral_jax.kernels import platform
 from mixtral_jax.model.router import RoutingStatistics
 
 
@@ -42,12 +43,13 @@ def _is_target(logits_BLV, targets_BL):
 
 
 def _target_logits(logits_BLV, targets_BL):
-    """Each target's logit: by index, or by comparison where the vocabulary is split over devices.
+    """Each target's logit: by comparison, or on CPU by index where the vocabulary is not split.
 
-    A comparison that XLA:CPU does not fuse writes an array as large as the logits.
+    XLA:CPU does not fuse the comparison, and writes an array as large as the logits. For TPU it is
+    the index that takes twice their memory.
     """
     batch, length, vocabulary = jax.typeof(logits_BLV).sharding.spec
-    if vocabulary is not None:
+    if vocabulary is not None or platform() != "cpu":
         chosen_BLV = jnp.where(_is_target(logits_BLV, targets_BL), logits_BLV, 0)
         return chosen_BLV.sum(axis=-1)
 
