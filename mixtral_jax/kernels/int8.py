@@ -22,8 +22,9 @@ from mixtral_jax.kernels import platform, vary_like
 
 LARGEST = 127
 STEP = np.float32(1 / LARGEST)
-BLOCK = 1 << 16
-"""Values in a block: 256 KiB in float32, which half of a core's second cache holds."""
+MOST, LEAST = 1 << 20, 1 << 17
+"""Values in a block at most: 4 MiB in float32, in the cache that cores share; and at least, where
+that makes fewer than four blocks. XLA:CPU converts small blocks on one core."""
 
 
 class Int8(NamedTuple):
@@ -91,8 +92,9 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _blocks(x_RD, values_FD):
-    channels, width = values_FD.shape
-    size = min(channels, max(8, 1 << (BLOCK // width).bit_length() - 1))
+    channels, _ = values_FD.shape
+    blocks = max(2, _ceil(values_FD.size, MOST), min(4, _ceil(values_FD.size, LEAST)))
+    size = _ceil(channels, blocks)
 
     def one_block(i, out_FR):
         first = jnp.minimum(i * size, channels - size)  # the last ones may be made twice
@@ -101,4 +103,9 @@ def _blocks(x_RD, values_FD):
         return lax.dynamic_update_slice_in_dim(out_FR, out_fR, first, axis=0)
 
     out_FR = vary_like(jnp.zeros((channels, x_RD.shape[0]), jnp.float32), x_RD, values_FD)
-    return lax.fori_loop(0, -(-channels // size), one_block, out_FR).T
+    return lax.fori_loop(0, _ceil(channels, size), one_block, out_FR).T
+
+
+def _ceil(size: int, part: int) -> int:
+    """Parts that hold it all."""
+    return -(-size // part)

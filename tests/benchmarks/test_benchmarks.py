@@ -109,17 +109,19 @@ def test_train(command, tiny):
 
 def test_decode(command, tiny):
     lines = command(
-        *("decode", "--config", tiny, "--batch", "1", "3"),
+        *("decode", "--config", tiny, "--batch", "1", "3", "--weights", "int8", "config"),
         *("--prompt", "5", "--new", "4", "--turns", "2"),
     )
-    assert [line["batch"] for line in lines] == [1, 3]
+    assert [line["batch"] for line in lines] == [1, 1, 3, 3]
+    assert [line["weights"] for line in lines] == ["float32", "int8"] * 2
     for line in lines:
         assert line["tokens_per_second"] == pytest.approx(line["batch"] / line["seconds"], rel=2e-3)
         # All but the embedding and the experts: attention 16 (2 + 1 + 1) 4 + 2 4 16 = 384, router
         # 64, norms 48, head 1024; an expert 1152; a row of the embedding 16; the cache 8 a token.
         used = 4 * (1 - 0.5 ** line["batch"])
-        rows = line["batch"] * (16 + 8 * (5 + 2))
-        assert line["read_bytes"] == 4 * (384 + 64 + 48 + 1024 + used * 1152 + rows)
+        weights, cache = 384 + 64 + 48 + 1024 + used * 1152 + line["batch"] * 16, 8 * (5 + 2)
+        each = 1 if line["weights"] == "int8" else 4
+        assert line["read_bytes"] == each * weights + 4 * line["batch"] * cache
 
 
 def test_long_prompt(command, tiny):

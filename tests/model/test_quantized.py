@@ -13,6 +13,7 @@ from harness import describe, parameter_bytes, place, random_parameters
 from tiny import MODEL, make_batch
 
 from mixtral_jax import sharding
+from mixtral_jax.kernels import int8
 from mixtral_jax.kernels.int8 import product, quantize
 from mixtral_jax.model.mixtral import Mixtral, abstract_state
 from mixtral_jax.model.quantized import CONTRACTED, quantized
@@ -121,9 +122,14 @@ def test_halves_go_to_the_even_neighbour():
     np.testing.assert_array_equal(scale, [1, 0.5])
 
 
-@pytest.mark.parametrize("width", [24, 1 << 14], ids=["one block", "several"])
-@pytest.mark.parametrize("implementation", ["xla", "blocks"])
-def test_the_bodies_of_the_product_agree(implementation, width):
+@pytest.mark.parametrize(
+    ("implementation", "width", "most"),
+    [("xla", 24, None), ("blocks", 24, None), ("blocks", 1 << 14, None), ("blocks", 300, 1000)],
+    ids=["whole", "2 blocks", "4 blocks", "10 blocks"],
+)
+def test_the_bodies_of_the_product_agree(monkeypatch, implementation, width, most):
+    """29 channels: the last block has some of the one before."""
+    monkeypatch.setattr(int8, "MOST", most or int8.MOST)
     rng = np.random.default_rng(0)
     x_RD, w_DF = rng.normal(size=(3, width)), rng.normal(size=(width, 29))
     made = quantize(jnp.float32(w_DF), (0,))
