@@ -4,14 +4,18 @@ Bodies with one meaning:
   megablox    JAX's Pallas kernels for TPU, whose work is in proportion to the rows in use, that of
               the matrices' gradient included (of ragged_dot's the compiler makes every expert over
               every row).
-  ragged_dot  jax.lax.ragged_dot: TPU and GPU kernels; on CPU it runs every expert on every row.
   tokamax     the Pallas kernels for GPU of the package tokamax, where that is installed.
+  ragged_dot  jax.lax.ragged_dot: a kernel on TPU. On GPU and CPU, XLA multiplies every row with
+              every expert.
   blocks      a loop over each expert's rows in blocks, for CPU.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +33,11 @@ PLATFORMS = {
 PALLAS = ("megablox", "tokamax")
 """Kernels that do not say what they vary over: inside shard_map, its types must not be checked."""
 
+WITHOUT_TOKAMAX = (
+    "the package tokamax is not installed: on GPU every row is then multiplied with every expert. "
+    "pip install -r requirements-gpu.txt"
+)
+
 
 def installed(implementation: str) -> bool:
     """Whether the package that a body comes from is there."""
@@ -45,7 +54,11 @@ def resolve(implementation: str | None, rows: int, width: int, hidden: int) -> s
     if not implementation:
         if here == "cpu":
             return "blocks"
-        return "megablox" if here == "tpu" and aligned else "ragged_dot"
+        if here == "gpu" and not installed("tokamax"):
+            warnings.warn(WITHOUT_TOKAMAX, stacklevel=2)
+            return "ragged_dot"
+        best = {"tpu": "megablox" if aligned else "ragged_dot", "gpu": "tokamax"}
+        return best[here]
     check_body("grouped_matmul", implementation, here, PLATFORMS, instead="ragged_dot")
     if not installed(implementation):
         raise ValueError(
@@ -93,12 +106,37 @@ def grouped_matmul(
     x_RD, w_EDF = vary_like(x_RD, w_EDF), vary_like(w_EDF, x_RD)
     if implementation == "blocks":
         return blocks(x_RD, w_EDF, group_sizes_E)
-    ragged_dot = lax.ragged_dot
-    if implementation == "tokamax":
-        import tokamax
-
-        ragged_dot = tokamax.ragged_dot
+    ragged_dot = _tokamax if implementation == "tokamax" else lax.ragged_dot
     in_use_R1 = jnp.arange(x_RD.shape[0])[:, None] < group_sizes_E.sum()
     x_RD = jnp.where(in_use_R1, x_RD, 0)  # these may read the others and multiply by zero
     out_RF = ragged_dot(x_RD, w_EDF, group_sizes_E, preferred_element_type=x_RD.dtype)
     return jnp.where(in_use_R1, out_RF, 0)
+
+
+def _tokamax(x_RD, w_EDF, group_sizes_E, preferred_element_type):
+    """Those for Hopper want bfloat16, and multiples of 64 rows and 128 columns; Triton's do not."""
+    rows = x_RD.shape[0]
+    fits = x_RD.dtype == jnp.bfloat16 and not any(size % 128 for size in w_EDF.shape[1:])
+    out_RF = _import_tokamax().ragged_dot(
+        jnp.pad(x_RD, ((0, -rows % 64), (0, 0))),
+        w_EDF,
+        group_sizes_E,
+        preferred_element_type=preferred_element_type,
+        implementation=None if fits else "triton",
+    )
+    return out_RF[:rows]
+
+
+@functools.cache
+def _import_tokamax():
+    """The package, kept from two things: taking the command line for its own, and a line for each
+    shape that it has no measured tiles for."""
+    import tokamax
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    logging.getLogger("absl").addFilter(
+        lambda record: not str(record.msg).startswith("Autotuning cache miss")
+    )
+    return tokamax

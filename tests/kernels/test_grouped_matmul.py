@@ -1,5 +1,4 @@
 import functools
-import sys
 import types
 
 import jax
@@ -192,13 +191,18 @@ def test_transposed_matrices(implementation):
 def gpu_with_tokamax(monkeypatch):
     """The platform is gpu, and the package tokamax is there: ragged_dot, but careless."""
 
-    def careless(x_RD, w_EDF, sizes_E, **options):
-        out_RF = jax.lax.ragged_dot(x_RD, w_EDF, sizes_E, **options)
-        return jnp.where(jnp.arange(len(x_RD))[:, None] < sizes_E.sum(), out_RF, 7.0)
+    def careless(x_RD, w_EDF, sizes_E, *, preferred_element_type, implementation):
+        fits = x_RD.dtype == jnp.bfloat16 and w_EDF.shape[1:] == (128, 256)
+        assert len(x_RD) % 64 == 0
+        assert implementation == (None if fits else "triton")
+        asked = {"preferred_element_type": preferred_element_type}
+        out_RF = jax.lax.ragged_dot(x_RD, w_EDF, sizes_E, **asked)
+        return jnp.where(jnp.arange(len(x_RD))[:, None] < sizes_E.sum(), out_RF, jnp.nan)
 
     monkeypatch.setattr(module, "platform", lambda: "gpu")
     monkeypatch.setattr(module, "installed", lambda name: True)
-    monkeypatch.setitem(sys.modules, "tokamax", types.SimpleNamespace(ragged_dot=careless))
+    fake = types.SimpleNamespace(ragged_dot=careless)
+    monkeypatch.setattr(module, "_import_tokamax", lambda: fake)
 
 
 def test_tokamax(gpu_with_tokamax):
@@ -208,15 +212,26 @@ def test_tokamax(gpu_with_tokamax):
     oracle.close(actual, expected(x_RD, w_EDF, [4, 0, 3], g_RF), rel=1e-6)
 
 
-def test_tokamax_is_asked_for_by_name(monkeypatch):
+def test_tokamax_multiplies_what_its_kernels_for_hopper_take(gpu_with_tokamax):
+    rng = np.random.default_rng(0)
+    x_RD, w_EDF = (jnp.bfloat16(rng.normal(size=size)) for size in ((70, 128), (3, 128, 256)))
+    sizes_E = jnp.array([5, 0, 61], jnp.int32)
+    actual = grouped_matmul(x_RD, w_EDF, sizes_E)
+    assert actual.dtype == jnp.bfloat16
+    wanted = grouped_matmul(x_RD, w_EDF, sizes_E, implementation="ragged_dot")
+    np.testing.assert_array_equal(actual, wanted)
+
+
+def test_without_tokamax_a_gpu_multiplies_every_expert_and_says_so(monkeypatch):
     monkeypatch.setattr(module, "platform", lambda: "gpu")
     monkeypatch.setattr(module, "installed", lambda name: name != "tokamax")
-    assert module.resolve("", 9, 7, 5) == "ragged_dot"
+    with pytest.warns(UserWarning, match=r"tokamax is not installed.*requirements-gpu.txt"):
+        assert module.resolve("", 9, 7, 5) == "ragged_dot"
     with pytest.raises(ValueError, match=r"^grouped_matmul=tokamax .*pip install tokamax.*$"):
         module.resolve("tokamax", 9, 7, 5)
     monkeypatch.setattr(module, "installed", lambda name: True)
     assert module.resolve("tokamax", 9, 7, 5) == "tokamax"
-    assert module.resolve("", 9, 7, 5) == "ragged_dot"
+    assert module.resolve("", 9, 7, 5) == "tokamax"
 
 
 def test_bfloat16_sums_in_float32():

@@ -97,12 +97,14 @@ def test_tiles_divide_what_they_cut_and_suit_the_chip(monkeypatch, kind, shape, 
         ("tpu", "", 256, "megablox"),
         ("tpu", None, 100, "ragged_dot"),
         ("tpu", "ragged_dot", 256, "ragged_dot"),
-        ("gpu", "", 256, "ragged_dot"),
+        ("gpu", "", 256, "tokamax"),
+        ("gpu", "ragged_dot", 256, "ragged_dot"),
         ("cpu", "", 256, "blocks"),
     ],
 )
 def test_the_best_body_of_each_platform_and_shape(monkeypatch, platform, asked, rows, body):
     monkeypatch.setattr("mixtral_jax.kernels.grouped_matmul.platform", lambda: platform)
+    monkeypatch.setattr("mixtral_jax.kernels.grouped_matmul.installed", lambda name: True)
     assert resolve(asked, rows, D, F) == body
 
 
