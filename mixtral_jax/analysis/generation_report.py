@@ -33,6 +33,7 @@ from mixtral_jax.generation.sampling import Parameters
 from mixtral_jax.kernels import cached_attention
 from mixtral_jax.model.cache import places
 from mixtral_jax.model.mixtral import abstract_state
+from mixtral_jax.model.unstacked import in_layers
 
 
 class Batch(NamedTuple):
@@ -84,7 +85,7 @@ class Program(NamedTuple):
 
 def two_programs(model: ModelConfig, mesh: jax.sharding.Mesh, batch: Batch) -> dict[str, Program]:
     """`prefill` and `decode` for a batch on a mesh."""
-    graphdef, state = abstract_state(model)
+    graphdef, state = nnx.split(in_layers(nnx.merge(*abstract_state(model))))
     params = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
         state,

@@ -239,6 +239,7 @@ def deploy(checkpoint: str | pathlib.Path, deployment: Deployment) -> Deployed:
             capacity=serving.context,
             part=serving.part,
             cache_dtype=serving.cache_dtype,
+            consume=True,
         )
         place = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
         kind = " in int8" if serving.weights else ""

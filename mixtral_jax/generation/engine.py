@@ -40,7 +40,7 @@ from mixtral_jax.generation.scheduler import Scheduler, Turn
 from mixtral_jax.model.cache import bytes_of_row, places
 from mixtral_jax.model.int8 import Int8
 from mixtral_jax.model.mixtral import Mixtral, compute_dtype
-from mixtral_jax.model.unstacked import unstacked
+from mixtral_jax.model.unstacked import in_layers, unstacked
 
 PART = Serving.part
 ROWS = 8
@@ -67,6 +67,7 @@ class Engine:
         capacity: int | None = None,
         part: int = PART,
         cache_dtype: str | None = None,
+        consume: bool = False,
     ):
         """Args:
           tokenizer: None for answers without text.
@@ -76,6 +77,8 @@ class Engine:
           capacity: most tokens of a prompt and its answer; the model's context by default.
           part: most tokens of a prompt between two decoding steps; a power of two from 16 on.
           cache_dtype: of keys and values: int8, or None for what is computed in.
+          consume: on GPU and TPU, whose engine has the layers apart, free the model's own arrays,
+            which nothing else may then use: memory need not hold the weights twice.
 
         Raises:
           ValueError: if the model drops tokens beyond a capacity: answers would depend on others.
@@ -103,6 +106,8 @@ class Engine:
             quantized = isinstance(model.head_DV, Int8)  # in blocks: YNNPACK is faster
             model = unstacked(model, transposed=not several)
             options = small_products() if several and not quantized else {}
+        else:
+            model = in_layers(model, consume=consume)
         graphdef, params = nnx.split(model)
         with jax.set_mesh(mesh):
             progress = jax.jit(partial(empty, model, self.rows, length, dtype))()

@@ -19,6 +19,7 @@ def experts(
     group_sizes_E: jax.Array,
     *,
     implementation: str | None = None,
+    gathered: bool = True,
 ) -> jax.Array:
     """out[r] = down(silu(gate x[r]) * (up x[r])) with the matrices of row r's expert.
 
@@ -26,14 +27,20 @@ def experts(
     backward pass may keep is named `expert_gate` and `expert_up`. The matrices may be of another
     type for `blocks`, which converts one at a time and gives gradients in that type.
 
+    Args:
+      gathered: whether the matrices have been gathered in their model dimension: XLA for TPU then
+        has all in the layout [E, D, F], and would copy down and its gradient into another.
+
     Returns:
       out_RD in the type of x.
     """
-    if resolve(implementation, x_RD.shape[0], *gate_EDF.shape[1:]) == "blocks":
+    if resolve(implementation, *gate_EDF.shape[1:]) == "blocks":
         return swiglu_blocks(x_RD, gate_EDF, up_EDF, down_EFD, group_sizes_E)
     product = partial(grouped_matmul, group_sizes_E=group_sizes_E, implementation=implementation)
     # Rows past the last group only lead to rows past the last group.
     gate_RF = checkpoint_name(product(x_RD, gate_EDF, zeros=False), "expert_gate")
     up_RF = checkpoint_name(product(x_RD, up_EDF, zeros=False), "expert_up")
     hidden_RF = jax.nn.silu(gate_RF) * up_RF
+    if not gathered:
+        return product(hidden_RF, down_EFD)
     return product(hidden_RF, down_EFD.swapaxes(1, 2), transposed=True)

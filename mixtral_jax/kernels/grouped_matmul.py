@@ -44,13 +44,13 @@ def installed(implementation: str) -> bool:
     return implementation != "tokamax" or importlib.util.find_spec("tokamax") is not None
 
 
-def resolve(implementation: str | None, rows: int, width: int, hidden: int) -> str:
-    """The body for rows [rows, width] and matrices [width, hidden]: that asked for, or the best.
+def resolve(implementation: str | None, width: int, hidden: int) -> str:
+    """The body for matrices [width, hidden]: that asked for, or the best.
 
     Raises:
       ValueError: if the one asked for cannot run on this platform, or on these shapes.
     """
-    here, aligned = platform(), megablox.fits(rows, width, hidden)
+    here, aligned = platform(), megablox.fits(width, hidden)
     if not implementation:
         if here == "cpu":
             return "blocks"
@@ -67,8 +67,8 @@ def resolve(implementation: str | None, rows: int, width: int, hidden: int) -> s
         )
     if implementation == "megablox" and not aligned:
         raise ValueError(
-            f"grouped_matmul=megablox wants multiples of {megablox.LANES}, not {rows} rows of "
-            f"{width} into {hidden}: use ragged_dot, or leave it empty"
+            f"grouped_matmul=megablox wants multiples of {megablox.LANES}, not {width} into "
+            f"{hidden}: use ragged_dot, or leave it empty"
         )
     return implementation
 
@@ -98,9 +98,11 @@ def grouped_matmul(
     Returns:
       out_RF in the type of x.
     """
-    implementation = resolve(implementation, x_RD.shape[0], *w_EDF.shape[1:])
+    implementation = resolve(implementation, *w_EDF.shape[1:])
     if implementation == "megablox":
-        return megablox.grouped_matmul(x_RD, w_EDF, group_sizes_E, transposed, zeros)
+        padded_RD = _pad(x_RD, megablox.LANES)
+        out_RF = megablox.grouped_matmul(padded_RD, w_EDF, group_sizes_E, transposed, zeros)
+        return out_RF[: x_RD.shape[0]]
     if transposed:
         w_EDF = w_EDF.swapaxes(1, 2)
     x_RD, w_EDF = vary_like(x_RD, w_EDF), vary_like(w_EDF, x_RD)
@@ -115,16 +117,20 @@ def grouped_matmul(
 
 def _tokamax(x_RD, w_EDF, group_sizes_E, preferred_element_type):
     """Those for Hopper want bfloat16, and multiples of 64 rows and 128 columns; Triton's do not."""
-    rows = x_RD.shape[0]
     fits = x_RD.dtype == jnp.bfloat16 and not any(size % 128 for size in w_EDF.shape[1:])
     out_RF = _import_tokamax().ragged_dot(
-        jnp.pad(x_RD, ((0, -rows % 64), (0, 0))),
+        _pad(x_RD, 64),
         w_EDF,
         group_sizes_E,
         preferred_element_type=preferred_element_type,
         implementation=None if fits else "triton",
     )
-    return out_RF[:rows]
+    return out_RF[: x_RD.shape[0]]
+
+
+def _pad(x_RD, step: int):
+    """x with rows of zeros behind it, so that they are a multiple of `step`."""
+    return jnp.pad(x_RD, ((0, -x_RD.shape[0] % step), (0, 0)))
 
 
 @functools.cache

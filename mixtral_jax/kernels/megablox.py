@@ -18,9 +18,9 @@ TILES_OF = {"TPU v6 lite": (1024, 1024, 2048), "TPU7x": (1024, 1024, 2048)}
 """Of chips that give a kernel 32 MiB; v6e has 560 FLOPs a byte, and these tiles 683."""
 
 
-def fits(rows: int, width: int, hidden: int) -> bool:
-    """Whether the kernels take rows [rows, width] and matrices [width, hidden]."""
-    return rows % LANES == width % LANES == hidden % LANES == 0
+def fits(width: int, hidden: int) -> bool:
+    """Whether the kernels take matrices [width, hidden]; rows they want in multiples of LANES."""
+    return width % LANES == hidden % LANES == 0
 
 
 def _tile(size: int, most: int) -> int:

@@ -288,7 +288,7 @@ def chosen_kernels(config: ModelConfig, batch: int, length: int) -> dict[str, st
         exchange = exchange_of(config, batch * length // sharding.batch_shards())
         return {
             "exchange": exchange.implementation,
-            "grouped_matmul": grouped_matmul_of(config, exchange),
+            "grouped_matmul": grouped_matmul_of(config),
             "attention": resolve(config.attention, length, config.head_size, compute_dtype(config)),
         }
     except ValueError as error:

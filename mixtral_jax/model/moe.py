@@ -45,11 +45,10 @@ def exchange_of(config: ModelConfig, tokens: int) -> exchanges.Exchange:
     )
 
 
-def grouped_matmul_of(config: ModelConfig, exchange: exchanges.Exchange) -> str:
+def grouped_matmul_of(config: ModelConfig) -> str:
     """The body of the experts' products, on the mesh that is set."""
     hidden = config.intermediate_size // sharding.tensor_shards()
-    rows, width = exchange.receive_rows, config.hidden_size
-    return grouped_matmul.resolve(config.grouped_matmul, rows, width, hidden)
+    return grouped_matmul.resolve(config.grouped_matmul, config.hidden_size, hidden)
 
 
 class Dispatch(NamedTuple):
@@ -139,7 +138,7 @@ class MoE(nnx.Module):
         """
         tokens = real_BL.size // sharding.batch_shards()
         exchange = exchange_of(self.config, tokens)
-        grouped = grouped_matmul_of(self.config, exchange)
+        grouped = grouped_matmul_of(self.config)
         dtype = x_BLD.dtype
         into = sharding.spec("experts", "expert_model", "expert_hidden")
         out_of = sharding.spec("experts", "expert_hidden", "expert_model")
@@ -217,7 +216,11 @@ def _sparse_experts(
         if isinstance(matrices[0], list):
             done_RD = apart.experts(received_RD, *matrices, plan.group_sizes_e)
         else:
-            done_RD = experts_of(received_RD, *matrices, plan.group_sizes_e, implementation=grouped)
+            done_RD = experts_of(
+                *(received_RD, *matrices, plan.group_sizes_e),
+                implementation=grouped,
+                gathered=bool(sharding.in_use(sharding.FSDP)),
+            )
 
     with jax.named_scope("exchange"):  # 5. and back, where the weighted sum ends it
         returned_RD = exchanges.send_back(exchange, plan, done_RD)

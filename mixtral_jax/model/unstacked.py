@@ -1,7 +1,7 @@
-"""A model whose layers, and whose experts' matrices, are arrays of their own: for inference on CPU.
+"""A model whose layers are arrays of their own, for inference; on CPU its experts' matrices too.
 
-XLA:CPU copies what a program takes out of an array, and reads arrays that it is given whole where
-they lie. Stacked layers and experts would be copied whole for every token.
+XLA copies what a program takes out of an array (on CPU always, on GPU and TPU for kernels), and
+reads arrays that it is given whole where they lie. Stacked layers would be copied for every token.
 """
 
 from __future__ import annotations
@@ -15,11 +15,48 @@ from flax import nnx
 
 from mixtral_jax import sharding
 from mixtral_jax.model.int8 import Int8
-from mixtral_jax.model.mixtral import Mixtral, compute_dtype
+from mixtral_jax.model.mixtral import Block, Mixtral, compute_dtype
+
+
+def in_layers(model: Mixtral, *, consume: bool = False) -> Mixtral:
+    """The same model with its layers in a list: a copy of them, on the devices they lie on.
+
+    Args:
+      model: with stacked layers, or their shapes alone; or as it is to be, which is given back.
+      consume: free the arrays of all layers as they are taken apart, and with them the given model:
+        no more is held beside it than one of them, such as all layers' gate matrices.
+    """
+    if not isinstance(model.layers, Block):
+        return model
+    graphdef, params = nnx.split(model)
+    new = nnx.merge(graphdef, jax.tree.map(lambda p: p, params))
+    layer_graphdef, stacked = nnx.split(new.layers)
+    layers = [{} for _ in range(model.config.num_hidden_layers)]
+    for path, param in nnx.to_flat_state(stacked):
+        array, logical = param.get_value(), param.get_metadata("logical_axes")[1:]
+        for layer, part in zip(layers, _taken_apart(array, logical), strict=True):
+            layer[path] = nnx.Param(part, logical_axes=logical)
+        if consume:
+            array.delete()
+    new.layers = nnx.List(nnx.merge(layer_graphdef, nnx.from_flat_state(layer)) for layer in layers)
+    return new
+
+
+def _taken_apart(array: jax.Array, logical) -> tuple[jax.Array, ...]:
+    """The arrays [...] of an array [layers, ...]: theirs are the logical axes."""
+    layers = range(array.shape[0])
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return tuple(jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for _ in layers)
+    take = jax.jit(
+        lambda array: tuple(array[layer] for layer in layers),
+        out_shardings=sharding.on(array.sharding.mesh, *logical),
+    )
+    with sharding.no_mesh():
+        return jax.block_until_ready(take(array))
 
 
 def unstacked(model: Mixtral, transposed: bool = True) -> Mixtral:
-    """The same model with its layers in a list, and the matrices of each expert apart.
+    """The same model with its layers in a list, and the matrices of each expert apart, for CPU.
 
     Args:
       model: its parameters lie on a mesh of CPU devices.

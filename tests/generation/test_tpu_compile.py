@@ -28,11 +28,11 @@ def test_parts_and_decoding_compile_for_tpu(tpu_mesh):
     programs = generation_report.two_programs(config, tpu_mesh, batch)
     assert programs["prefill"].arguments[3].tokens_YL.shape == (8, 32)  # two prompts a device
     progress = programs["decode"].arguments[1]
-    cache = progress.cache.k_BKSH
-    assert cache.shape == (2, BATCH, 2, 1024, 6)  # in blocks of 512
+    cache, _ = (layer.k_BKSH for layer in progress.cache)
+    assert cache.shape == (BATCH, 2, 1024, 6)  # in blocks of 512
     assert cache.dtype == jnp.bfloat16
-    assert tuple(cache.sharding.spec[:3]) == (None, "expert", "tensor")
-    per_device = 2 * cache.size * cache.dtype.itemsize // tpu_mesh.size
+    assert tuple(cache.sharding.spec[:2]) == ("expert", "tensor")
+    per_device = 2 * 2 * cache.size * cache.dtype.itemsize // tpu_mesh.size
     for program in programs.values():
         with jax.set_mesh(tpu_mesh):
             lowered = program.function.lower(*program.arguments, **program.options)

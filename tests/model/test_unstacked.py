@@ -13,7 +13,7 @@ from tiny import MODEL, make_batch
 
 from mixtral_jax import sharding
 from mixtral_jax.model.mixtral import Mixtral, abstract_state
-from mixtral_jax.model.unstacked import unstacked
+from mixtral_jax.model.unstacked import in_layers, unstacked
 
 CONFIG = dataclasses.replace(MODEL, hidden_size=32, head_dim=8, intermediate_size=48)
 
@@ -33,7 +33,8 @@ def test_it_computes_the_same(sizes):
     with jax.set_mesh(mesh):
         inputs = place((tokens, positions, segments), mesh)
         outs = []
-        for each in (model, unstacked(model), unstacked(model, transposed=False)):
+        forms = (in_layers(model), unstacked(model), unstacked(model, transposed=False))
+        for each in (model, *forms):
             graphdef, params = nnx.split(each)
             run = jax.jit(lambda params, *args, g=graphdef: nnx.merge(g, params).forward(*args))
             outs.append(run(params, *inputs))
@@ -73,3 +74,38 @@ def test_bfloat16_weights_become_what_is_computed_in():
     np.testing.assert_array_equal(
         params["layers"][1]["moe"]["up_EDF"].get_value()[2][0], up_LEDF[1, 2]
     )
+
+
+def test_layers_are_taken_apart_where_they_lie():
+    mesh = sharding.make_mesh(1, 2, 2, 2)
+    model = model_on(mesh)
+    up = model.layers.moe.up_EDF
+    whole, logical = np.asarray(up.get_value()), up.get_metadata("logical_axes")
+    new = in_layers(model)
+    assert not up.get_value().is_deleted()
+    assert in_layers(new) is new
+    for number, layer in enumerate(new.layers):
+        part = layer.moe.up_EDF
+        assert part.get_metadata("logical_axes") == logical[1:]
+        assert part.get_value().sharding == sharding.on(mesh, *logical[1:])
+        np.testing.assert_array_equal(part.get_value(), whole[number])
+
+
+def test_the_given_model_can_be_consumed():
+    model = model_on(sharding.make_mesh())
+    stacked = jax.tree.leaves(nnx.state(model.layers))
+    new = in_layers(model, consume=True)
+    assert all(array.is_deleted() for array in stacked)
+    assert not any(array.is_deleted() for array in jax.tree.leaves(nnx.state(new)))
+
+
+def test_of_shapes_it_gives_shapes():
+    """With the axes that say where each lies."""
+    shapes = in_layers(nnx.merge(*abstract_state(CONFIG)))
+    arrays = in_layers(model_on(sharding.make_mesh()))
+    (graphdef, asked), (same, made) = nnx.split(shapes), nnx.split(arrays)
+    assert graphdef == same
+    for (path, shape), (other, array) in zip(nnx.to_flat_state(asked), nnx.to_flat_state(made)):
+        assert path == other
+        assert shape.get_value().shape == array.get_value().shape
+        assert shape.get_metadata("logical_axes") == array.get_metadata("logical_axes")
