@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.new < 2:
         raise measure.InputError("--new 1 leaves no step to time: 2 or more")
     config = ours.load(arguments.config, arguments.overrides).model
-    decodings = ours.decodings(config, arguments.weights)
+    decodings = {kind: ours.Decoding(config, kind == "int8") for kind in arguments.weights}
     import jax.numpy as jnp
 
     from mixtral_jax.model.mixtral import compute_dtype

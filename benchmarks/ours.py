@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 import measure  # noqa: F401  (finds the package)
 
@@ -61,17 +60,22 @@ class Training:
 class Decoding:
     """Engines with random weights, made on the device."""
 
-    def __init__(self, config: ModelConfig, model=None, **engine):
-        """Args: model: one to share; engine: more arguments of Engine."""
+    def __init__(self, config: ModelConfig, int8: bool = False, **engine):
+        """Args: int8: quantise the matrices; engine: more arguments of Engine."""
         sharding.start(MeshConfig())
         import jax
         from flax import nnx
 
         from mixtral_jax.model.mixtral import initialize
+        from mixtral_jax.model.quantized import quantized
+        from mixtral_jax.model.unstacked import in_layers
 
-        mesh = sharding.make_mesh()
-        self.model = model or initialize(config.dropless(), jax.random.key(0), mesh)
-        jax.block_until_ready(nnx.state(self.model))  # what is timed next has the machine alone
+        model = initialize(config.dropless(), jax.random.key(0), sharding.make_mesh())
+        model = quantized(model, consume=True) if int8 else model
+        if jax.default_backend() != "cpu":  # once for all engines, in the memory of one model
+            model = in_layers(model, consume=True)
+        jax.block_until_ready(nnx.state(model))  # what is timed next has the machine alone
+        self._model = model
         self._vocabulary, self._options = config.vocab_size, engine
         self._engines, self._turns = {}, 0
 
@@ -85,7 +89,7 @@ class Decoding:
             # All prompts before the first step.
             part = max(16, 1 << (batch * prompt - 1).bit_length())
             sizes = {"rows": batch, "capacity": prompt + new, "part": part}
-            self._engines[asked] = Engine(self.model, **sizes, **self._options)
+            self._engines[asked] = Engine(self._model, **sizes, **self._options)
         options = Options(max_new_tokens=new, temperature=0.0)
         self._turns += 1  # no prompt comes twice: its cache would be there
         rows = prompts(batch, prompt, self._vocabulary, 1009 * self._turns)
@@ -98,17 +102,6 @@ class Decoding:
             else:
                 times.append(time.perf_counter())
         return first - began, (times[-1] - first) / (len(times) / batch)
-
-
-def decodings(config: ModelConfig, weights: Sequence[str]) -> dict[str, Decoding]:
-    """One for each kind of weights, `config` or `int8`: those of the first, quantised."""
-    one = Decoding(config)
-    made = {"config": one} if "config" in weights else {}
-    if "int8" in weights:
-        from mixtral_jax.model.quantized import quantized
-
-        made["int8"] = Decoding(config, quantized(one.model, consume="config" not in weights))
-    return made
 
 
 def prompts(batch: int, length: int, vocabulary: int, first: int = 0) -> list[list[int]]:

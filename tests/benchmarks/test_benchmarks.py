@@ -109,7 +109,7 @@ def test_train(command, tiny):
 
 def test_decode(command, tiny):
     lines = command(
-        *("decode", "--config", tiny, "--batch", "1", "3", "--weights", "int8", "config"),
+        *("decode", "--config", tiny, "--batch", "1", "3", "--weights", "config", "int8"),
         *("--prompt", "5", "--new", "4", "--turns", "2"),
     )
     assert [line["batch"] for line in lines] == [1, 1, 3, 3]
