@@ -37,6 +37,7 @@ from mixtral_jax.generation.request import Options, Request, Serving, check_requ
 from mixtral_jax.generation.results import Answer
 from mixtral_jax.generation.routing import ChosenExperts
 from mixtral_jax.generation.scheduler import Scheduler, Turn
+from mixtral_jax.kernels import platform
 from mixtral_jax.model.cache import bytes_of_row, places
 from mixtral_jax.model.int8 import Int8
 from mixtral_jax.model.mixtral import Mixtral, compute_dtype
@@ -97,11 +98,11 @@ class Engine:
         mesh, length = model.embedding_VD.get_value().sharding.mesh, places(self.capacity)
         with jax.set_mesh(mesh):
             dtype = jnp.dtype(cache_dtype or compute_dtype(self.config))
-            shards = sharding.batch_shards()
+            shards, here = sharding.batch_shards(), platform()
         size = bytes_of_row(self.config, length, dtype)
         self.rows = self._rows_in_memory(rows or ROWS, size, mesh, shards)
         options: dict[str, str] = {}
-        if mesh.devices.flat[0].platform == "cpu":
+        if here == "cpu":
             several = self.rows > shards
             quantized = isinstance(model.head_DV, Int8)  # in blocks: YNNPACK is faster
             model = unstacked(model, transposed=not several)

@@ -452,3 +452,16 @@ def test_where_cores_are_few_the_first_token_comes_before_decoding_compiles(
             programs.append(engine.compiled())
         assert programs == [at_first] + [2] * (NEW - 1)
         at_first = 2
+
+
+@pytest.mark.parametrize("consume", [False, True])
+def test_where_there_is_an_accelerator_the_layers_lie_apart(monkeypatch, consume):
+    """The answers are the same, and the model's own arrays are freed if that is asked for."""
+    monkeypatch.setattr(engines, "platform", lambda: "gpu")
+    model = initialize(MODEL, jax.random.key(5), sharding.make_mesh())
+    stacked = jax.tree.leaves(nnx.state(model.layers))
+    engine = Engine(model, rows=4, part=PART, consume=consume)
+    assert all(array.is_deleted() == consume for array in stacked)
+    assert answers_of(engine, requests(GREEDY)) == answers_of(
+        engine_on((1, 1, 1, 1)), requests(GREEDY)
+    )

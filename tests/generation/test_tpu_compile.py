@@ -1,6 +1,7 @@
 """Parts of prompts and decoding compile for a slice of TPUs, with none at hand."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -40,3 +41,15 @@ def test_parts_and_decoding_compile_for_tpu(tpu_mesh):
         # The cache, the largest argument, is updated in place.
         memory = lowered.compile().memory_analysis()
         assert memory.alias_size_in_bytes >= per_device
+
+
+def test_decoding_copies_no_matrix(tpu_mesh):
+    """The kernels read the experts' matrices, two on each device, where they lie."""
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_local_experts": 8}
+    config = dataclasses.replace(MODEL, **sizes, param_dtype="bfloat16", compute_dtype="bfloat16")
+    batch = generation_report.Batch(BATCH, LENGTH, NEW, part=32)
+    text = generation_report.two_programs(config, tpu_mesh, batch)["decode"].compile(tpu_mesh)
+    text = text.as_text()
+    assert "gmm" in text
+    matrices = r"bf16\[(2,)?(1,)?(2,256,384|2,384,256|256,384|384,256)\]"
+    assert not re.search(rf"= {matrices}\S* (copy|transpose|convert|fusion|dynamic-slice)\(", text)
