@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mixtral_jax import sharding
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels import apart, grouped_matmul, int8
+from mixtral_jax.kernels import apart, few_tokens, grouped_matmul, int8
 from mixtral_jax.kernels import exchange as exchanges
 from mixtral_jax.kernels.experts import experts as experts_of
 from mixtral_jax.kernels.gather import all_gather
@@ -49,6 +49,14 @@ def grouped_matmul_of(config: ModelConfig) -> str:
     """The body of the experts' products, on the mesh that is set."""
     hidden = config.intermediate_size // sharding.tensor_shards()
     return grouped_matmul.resolve(config.grouped_matmul, config.hidden_size, hidden)
+
+
+def _few(config: ModelConfig, exchange: exchanges.Exchange, tokens: int, dtype) -> bool:
+    """Whether the kernels for a few tokens do all that follows the routing."""
+    hidden = config.intermediate_size // sharding.tensor_shards()
+    shape = (config.num_local_experts, config.hidden_size, hidden)
+    whole = exchange.implementation == "local" and config.capacity_factor is None
+    return whole and not config.grouped_matmul and few_tokens.fits(tokens, *shape, dtype)
 
 
 class Dispatch(NamedTuple):
@@ -154,11 +162,16 @@ class MoE(nnx.Module):
             if grouped != "blocks" or isinstance(weights[0], tuple):  # blocks converts them itself
                 weights = jax.tree.map(lambda w: w.astype(dtype), weights)
         batch = sharding.spec("batch")
+        body = partial(_sparse_experts, config=self.config, exchange=exchange, grouped=grouped)
+        arrays = all(isinstance(w, jax.Array) for w in weights)
+        few = arrays and _few(self.config, exchange, tokens, dtype)
+        if few:
+            body = partial(_few_tokens, per_token=self.config.num_experts_per_tok)
         body = jax.shard_map(
-            partial(_sparse_experts, config=self.config, exchange=exchange, grouped=grouped),
+            body,
             in_specs=(batch, batch, sharding.spec(None, None), into, into, out_of),
             out_specs=(batch, sharding.spec()),
-            check_vma=grouped not in grouped_matmul.PALLAS,
+            check_vma=not few and grouped not in grouped_matmul.PALLAS,
         )
         router_DE = sharding.shard(self.router_DE[...], None, None)
         return body(x_BLD, real_BL, router_DE, *weights)
@@ -194,9 +207,7 @@ def _sparse_experts(
 
     with jax.named_scope("exchange"):  # 3. rows to their experts
         plan = exchanges.plan(exchange, kept_E)
-        statistics = local_statistics(routing, real_T, (chosen_E - plan.kept_E).sum())
-        over = sharding.in_use(*sharding.BATCH_AXES)
-        statistics = jax.tree.map(lambda s: lax.psum(s, over), statistics)
+        statistics = _over_batch(local_statistics(routing, real_T, (chosen_E - plan.kept_E).sum()))
         rows = dispatch_rows(
             *(routing.ids_TC, order_A, rank_CT, chosen_E, plan.kept_E, plan.offsets_E),
             exchange.send_rows,
@@ -231,6 +242,25 @@ def _sparse_experts(
         out_TD = jnp.einsum("TC,CTD->TD", routing.weights_TC.astype(x_TD.dtype), parts_CTD)
         out_TD = lax.psum(out_TD, sharding.in_use(sharding.TENSOR))
     return out_TD.reshape(x_BLD.shape), statistics
+
+
+def _few_tokens(x_BLD, real_BL, router_DE, gate_EDf, up_EDf, down_EfD, *, per_token):
+    """_sparse_experts where the kernels for a few tokens do all but the routing."""
+    x_TD, real_T = x_BLD.reshape(-1, x_BLD.shape[-1]), real_BL.reshape(-1)
+    with jax.named_scope("route"):
+        routing = route(x_TD, router_DE, real_T, per_token)
+        statistics = _over_batch(local_statistics(routing, real_T, jnp.int32(0)))
+    with jax.named_scope("experts"):
+        matrices = _whole(gate_EDf, 1), _whole(up_EDf, 1), _whole(down_EfD, 2)
+        out_TD = few_tokens.experts(x_TD, *matrices, routing.ids_TC, routing.weights_TC)
+        out_TD = lax.psum(out_TD, sharding.in_use(sharding.TENSOR))
+    return out_TD.reshape(x_BLD.shape), statistics
+
+
+def _over_batch(statistics: RoutingStatistics) -> RoutingStatistics:
+    """Those of the global batch, of each device's."""
+    over = sharding.in_use(*sharding.BATCH_AXES)
+    return jax.tree.map(lambda s: lax.psum(s, over), statistics)
 
 
 def _matrices(w: int8.Int8, dtype: jnp.dtype) -> jax.Array | list[int8.Int8]:
