@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -12,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mixtral_jax import sharding
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels import attention as kernels
+from mixtral_jax.kernels import few_rows
 from mixtral_jax.model.cache import Step
 from mixtral_jax.model.int8 import Int8, columns, out_of_heads
 from mixtral_jax.model.layers import matrix, rotary_angles, rotate
@@ -50,9 +52,8 @@ class Attention(nnx.Module):
         """
         config = self.config
         angles = rotary_angles(positions_BL, config.head_size, config.rope_theta)
-        q_BLKGH = rotate(_into_heads(x_BLD, self.wq_DKGH), angles)
-        k_BLKH = rotate(_into_heads(x_BLD, self.wk_DKH), angles)
-        v_BLKH = _into_heads(x_BLD, self.wv_DKH)
+        q_BLKGH, k_BLKH, v_BLKH = _into_heads(x_BLD, self.wq_DKGH, self.wk_DKH, self.wv_DKH)
+        q_BLKGH, k_BLKH = rotate(q_BLKGH, angles), rotate(k_BLKH, angles)
         q_BLKGH, k_BLKH, v_BLKH = (
             checkpoint_name(a, "attention_qkv") for a in (q_BLKGH, k_BLKH, v_BLKH)
         )
@@ -76,22 +77,61 @@ class Attention(nnx.Module):
         return body(q_BLKGH, k_BLKH, v_BLKH, positions_BL, segments_BL)
 
 
-def _into_heads(x_BLD: jax.Array, w: nnx.Param | Int8) -> jax.Array:
-    """The queries, keys or values: x times a matrix [D, K, H] or [D, K, G, H]."""
-    if isinstance(w, Int8):
-        return columns(x_BLD, w, "heads")
-    w = w[...].astype(x_BLD.dtype)
-    w = sharding.shard(w, None, "heads", *[None] * (w.ndim - 2))
-    return jnp.einsum("BLD,DKGH->BLKGH" if w.ndim == 4 else "BLD,DKH->BLKH", x_BLD, w)
+def _into_heads(x_BLD: jax.Array, *ws: nnx.Param | Int8) -> tuple[jax.Array, ...]:
+    """The queries, keys and values: x times matrices [D, K, H] or [D, K, G, H]."""
+    if isinstance(ws[0], Int8):
+        return tuple(columns(x_BLD, w, "heads") for w in ws)
+    ws = [w[...].astype(x_BLD.dtype) for w in ws]
+    ws = [sharding.shard(w, None, "heads", *[None] * (w.ndim - 2)) for w in ws]
+    if _few(x_BLD, *ws):
+        return _few_into_heads(x_BLD, ws)
+    of_letters = {3: "BLD,DKH->BLKH", 4: "BLD,DKGH->BLKGH"}
+    return tuple(jnp.einsum(of_letters[w.ndim], x_BLD, w) for w in ws)
 
 
 def _out_of_heads(x_BLKGH: jax.Array, w: nnx.Param | Int8) -> jax.Array:
     if isinstance(w, Int8):
         return out_of_heads(x_BLKGH, w)
     wo_KGHD = sharding.shard(w[...].astype(x_BLKGH.dtype), "heads", None, None, None)
+    if _few(x_BLKGH, wo_KGHD):
+        return _few_out_of_heads(x_BLKGH, wo_KGHD)
     return jax.lax.dot_general(  # einsum sorts its letters: wo would be transposed first
         x_BLKGH,
         wo_KGHD,
         (((2, 3, 4), (0, 1, 2)), ((), ())),
         out_sharding=sharding.spec("batch", None, None),
     )
+
+
+# ---- the products of a few tokens --------------------------------------------------------------
+
+
+def _few(x: jax.Array, *ws: jax.Array) -> bool:
+    """Whether there are kernels for so few tokens, and each device's part of matrices."""
+    tokens, width = x.shape[0] * x.shape[1], math.prod(x.shape[2:])
+    shards = sharding.tensor_shards()
+    sizes = (width // shards, *(w.size // width // shards for w in ws))
+    return few_rows.fits(tokens // sharding.batch_shards(), x.dtype, *sizes)
+
+
+def _few_into_heads(x_BLD, ws):
+    def body(x_BLD, ws):
+        matrices_DF = [w.reshape(w.shape[0], -1) for w in ws]
+        outs_TF = few_rows.products(x_BLD.reshape(-1, x_BLD.shape[-1]), matrices_DF)
+        return tuple(o.reshape(*x_BLD.shape[:2], *w.shape[1:]) for o, w in zip(outs_TF, ws))
+
+    heads = sharding.spec("batch", None, "heads")
+    specs = sharding.spec("batch"), sharding.spec(None, "heads")
+    return jax.shard_map(body, in_specs=specs, out_specs=heads, check_vma=False)(x_BLD, ws)
+
+
+def _few_out_of_heads(x_BLKGH, wo_KGHD):
+    def body(x_BLKGH, wo_KGHD):
+        x_TF = x_BLKGH.reshape(x_BLKGH.shape[0] * x_BLKGH.shape[1], -1)
+        (out_TD,) = few_rows.products(x_TF, (wo_KGHD.reshape(x_TF.shape[1], -1),))
+        out_TD = jax.lax.psum(out_TD, sharding.in_use(sharding.TENSOR))
+        return out_TD.reshape(*x_BLKGH.shape[:2], -1)
+
+    specs = sharding.spec("batch", None, "heads"), sharding.spec("heads")
+    batch = sharding.spec("batch")
+    return jax.shard_map(body, in_specs=specs, out_specs=batch, check_vma=False)(x_BLKGH, wo_KGHD)

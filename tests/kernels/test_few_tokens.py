@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 
-from mixtral_jax.kernels import few_tokens
+from mixtral_jax.kernels import few_rows, few_tokens
 from mixtral_jax.kernels.experts import experts
 
 D, F, E = 64, 192, 5
@@ -25,9 +25,9 @@ IDS = {
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setattr(few_tokens, "_interpret", lambda: True)
-    monkeypatch.setattr(few_tokens, "INTO", few_tokens.Tiles(32, 64))
-    monkeypatch.setattr(few_tokens, "OUT_OF", few_tokens.Tiles(64, 32, parts=2))
+    monkeypatch.setattr(few_rows, "_interpret", lambda: True)
+    monkeypatch.setattr(few_tokens, "INTO", few_rows.Tiles(32, 64))
+    monkeypatch.setattr(few_tokens, "OUT_OF", few_rows.Tiles(64, 32, programs=4))
 
 
 def operands(ids_TC):
@@ -107,8 +107,8 @@ def test_gradients_are_those_of_plain_jax(ids):
     ("platform", "tokens", "shape", "dtype", "takes"),
     [
         ("gpu", 1, (8, 4096, 14336), jnp.bfloat16, True),
-        ("gpu", few_tokens.MOST, (8, 64, 192), jnp.float16, True),
-        ("gpu", few_tokens.MOST + 1, (8, 64, 192), jnp.bfloat16, False),
+        ("gpu", few_rows.MOST, (8, 64, 192), jnp.float16, True),
+        ("gpu", few_rows.MOST + 1, (8, 64, 192), jnp.bfloat16, False),
         ("gpu", 1, (8, 4096, 14336), jnp.float32, False),
         ("gpu", 1, (8, 4096, 100), jnp.bfloat16, False),
         ("gpu", 1, (64, 4096, 14336), jnp.bfloat16, False),
@@ -116,5 +116,5 @@ def test_gradients_are_those_of_plain_jax(ids):
     ],
 )
 def test_what_they_take(monkeypatch, platform, tokens, shape, dtype, takes):
-    monkeypatch.setattr(few_tokens, "platform", lambda: platform)
+    monkeypatch.setattr(few_rows, "platform", lambda: platform)
     assert few_tokens.fits(tokens, *shape, dtype) == takes

@@ -14,7 +14,7 @@ from mixtral_jax import sharding
 from mixtral_jax.analysis import generation_report
 from mixtral_jax.analysis.prices import compile_step
 from mixtral_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig
-from mixtral_jax.kernels import few_tokens
+from mixtral_jax.kernels import few_rows
 from mixtral_jax.training.step import kernels_of_step
 
 CHIP = pathlib.Path(__file__).parents[1] / "data" / "h200.txtpb"
@@ -72,8 +72,8 @@ def test_a_training_step(gpus, number, exchange):
     ("sequences", "kernel", "calls"),
     [
         (1, "__gpu$xla.gpu.triton", 4),
-        (few_tokens.MOST, "__gpu$xla.gpu.triton", 4),
-        (few_tokens.MOST + 1, "mosaic_gpu_v2", 6),
+        (few_rows.MOST, "__gpu$xla.gpu.triton", 4),
+        (few_rows.MOST + 1, "mosaic_gpu_v2", 6),
     ],
 )
 def test_decoding_copies_no_matrix(gpus, sequences, kernel, calls):
