@@ -8,7 +8,15 @@ from unittest import mock
 import jax.numpy as jnp
 from jax import lax
 
-from mixtral_jax.kernels import attention, cudnn, exchange, grouped_matmul, megablox, splash
+from mixtral_jax.kernels import (
+    attention,
+    cudnn,
+    exchange,
+    few_rows,
+    grouped_matmul,
+    megablox,
+    splash,
+)
 
 
 def ragged_all_to_all(
@@ -81,5 +89,16 @@ def cudnn_on_cpu():
         mock.patch.object(cudnn, "installed", return_value=True),
         mock.patch.object(cudnn, "fits", return_value=True),
         mock.patch.object(cudnn, "attention", anywhere),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def few_on_cpu():
+    """Trace here, and a few tokens get the kernels of a GPU, interpreted, in float32 too."""
+    with (
+        mock.patch.object(few_rows, "platform", return_value="gpu"),
+        mock.patch.object(few_rows, "_interpret", return_value=True),
+        mock.patch.object(few_rows, "TYPES", (*few_rows.TYPES, jnp.float32)),
     ):
         yield

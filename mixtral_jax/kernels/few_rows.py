@@ -26,6 +26,9 @@ ALIGNED = 64
 """The matrices' dimensions are multiples of it."""
 
 
+TYPES = (jnp.bfloat16, jnp.float16)
+
+
 class Tiles(NamedTuple):
     """How a kernel reads a matrix."""
 
@@ -34,8 +37,7 @@ class Tiles(NamedTuple):
     columns: int
     """Columns in a block."""
     programs: int = 1
-    """Programs wanted for each matrix, or for several: more than it has blocks of columns share its
-    rows."""
+    """Programs wanted: where there are more than blocks of columns, some share a block's rows."""
     warps: int = 4
     stages: int = 4
     """Blocks under way in a program."""
@@ -46,9 +48,8 @@ TILES = Tiles(64, 128, programs=256)
 
 def fits(rows: int, dtype: jnp.dtype, *sizes: int) -> bool:
     """Whether these kernels run here, on so many rows and on matrices with dimensions of sizes."""
-    narrow = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     aligned = not any(size % ALIGNED for size in sizes)
-    return platform() == "gpu" and rows <= MOST and narrow and aligned
+    return platform() == "gpu" and rows <= MOST and jnp.dtype(dtype) in TYPES and aligned
 
 
 @jax.custom_vjp

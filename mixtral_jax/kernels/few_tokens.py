@@ -17,8 +17,8 @@ from jax.experimental.pallas import triton
 from mixtral_jax.kernels import few_rows
 from mixtral_jax.kernels.few_rows import Tiles, block_of, call, dot, padded, parts_of, whole
 
-INTO, OUT_OF = Tiles(64, 128), Tiles(64, 128, programs=256)
-"""Of gate and up; and of down, for each expert in use."""
+INTO, OUT_OF = Tiles(64, 128), Tiles(64, 128, programs=512)
+"""Of gate and up; and of down, where programs are those of all slots."""
 
 
 def fits(tokens: int, experts: int, width: int, hidden: int, dtype: jnp.dtype) -> bool:
@@ -134,7 +134,7 @@ def _out(hidden_STF, down_EFD, ids_TC, weights_TC, tiles: Tiles):
     rows, per_token = padded(tokens), ids_TC.shape[1]
     depth, columns = block_of(hidden, tiles.depth), block_of(width, tiles.columns)
     blocks = hidden // depth
-    parts, per_part = parts_of(blocks, tiles.programs // (width // columns))
+    parts, per_part = parts_of(blocks, tiles.programs // (width // columns * slots))
 
     def kernel(ids_ref, weights_ref, hidden_ref, down_ref, out_ref):
         real_T = jnp.arange(rows) < tokens

@@ -27,7 +27,7 @@ IDS = {
 def interpreted(monkeypatch):
     monkeypatch.setattr(few_rows, "_interpret", lambda: True)
     monkeypatch.setattr(few_tokens, "INTO", few_rows.Tiles(32, 64))
-    monkeypatch.setattr(few_tokens, "OUT_OF", few_rows.Tiles(64, 32, programs=4))
+    monkeypatch.setattr(few_tokens, "OUT_OF", few_rows.Tiles(64, 32, programs=16))
 
 
 def operands(ids_TC):
