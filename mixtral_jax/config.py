@@ -34,7 +34,7 @@ def check_at_least(section: object, prefix: str, minimum: float, *names: str) ->
 
 EXCHANGES = ("local", "padded", "ragged")
 ATTENTIONS = ("xla", "splash", "cudnn", "chunks")
-GROUPED_MATMULS = ("megablox", "ragged_dot", "tokamax", "blocks")
+GROUPED_MATMULS = ("megablox", "ragged_dot", "hopper", "tokamax", "blocks")
 REMAT_POLICIES = ("none", "full", "attention_out", "no_experts", "no_up", "no_down", "matmuls")
 DTYPES = ("float32", "bfloat16")
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
@@ -95,8 +95,8 @@ class ModelConfig:
     """In training and of prompts: xla, splash (TPU), cudnn (GPU) or chunks (CPU); empty means the
     best."""
     grouped_matmul: str = ""
-    """The experts' products: megablox (TPU), tokamax (GPU, a package of that name), ragged_dot or
-    blocks; empty means the best."""
+    """The experts' products: megablox (TPU), hopper (H100, H200), tokamax (GPU, a package of that
+    name), ragged_dot or blocks; empty means the best."""
     capacity_factor: float | None = None
     """Empty means dropless. Otherwise each device sends at most
     ceil(capacity_factor * tokens * k / E) rows to each expert and drops (and counts) the rest."""

@@ -1,4 +1,8 @@
-"""Every test runs on eight emulated CPU devices, and an implicit change of rank is an error."""
+"""Every test runs on eight emulated CPU devices, and an implicit change of rank is an error.
+
+Those marked `gpu` interpret the kernels that they are about, and run them on an NVIDIA GPU with
+JAX_PLATFORMS=cuda python -m pytest -m gpu
+"""
 
 import os
 import pathlib
@@ -21,11 +25,21 @@ from mixtral_jax import sharding
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_collection_modifyitems(items):
+    if jax.default_backend() == "cpu":
+        return
+    for item in items:
+        if not item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="runs on emulated CPU devices"))
+
+
 def start_devices():
     """Eight devices, and a compiler in a hurry: most of a test's time is spent compiling.
 
     The flags are this process's alone. Programs that a test starts compile as they do for users.
     """
+    if os.environ["JAX_PLATFORMS"] != "cpu":
+        return
     before = os.environ.get("XLA_FLAGS")
     if jax.__version_info__[:2] == (0, 10):  # XLA aborts at a flag that it does not know
         os.environ["XLA_FLAGS"] = f"{before or ''} --xla_cpu_use_fusion_emitters=false"

@@ -34,13 +34,14 @@ def experts(
     Returns:
       out_RD in the type of x.
     """
-    if resolve(implementation, *gate_EDF.shape[1:]) == "blocks":
+    body = resolve(implementation, *gate_EDF.shape[1:], x_RD.dtype)
+    if body == "blocks":
         return swiglu_blocks(x_RD, gate_EDF, up_EDF, down_EFD, group_sizes_E)
     product = partial(grouped_matmul, group_sizes_E=group_sizes_E, implementation=implementation)
     # Rows past the last group only lead to rows past the last group.
     gate_RF = checkpoint_name(product(x_RD, gate_EDF, zeros=False), "expert_gate")
     up_RF = checkpoint_name(product(x_RD, up_EDF, zeros=False), "expert_up")
     hidden_RF = jax.nn.silu(gate_RF) * up_RF
-    if not gathered:
+    if not (gathered and body == "megablox"):
         return product(hidden_RF, down_EFD)
     return product(hidden_RF, down_EFD.swapaxes(1, 2), transposed=True)

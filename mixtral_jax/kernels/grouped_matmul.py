@@ -4,7 +4,8 @@ Bodies with one meaning:
   megablox    JAX's Pallas kernels for TPU, whose work is in proportion to the rows in use, that of
               the matrices' gradient included (of ragged_dot's the compiler makes every expert over
               every row).
-  tokamax     the Pallas kernels for GPU of the package tokamax, where that is installed.
+  hopper      our Pallas kernels for H100 and H200, in proportion to the rows in use too.
+  tokamax     the Pallas kernels for any GPU of the package tokamax, where that is installed.
   ragged_dot  jax.lax.ragged_dot: a kernel on TPU. On GPU and CPU, XLA multiplies every row with
               every expert.
   blocks      a loop over each expert's rows in blocks, for CPU.
@@ -15,23 +16,30 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import re
 import warnings
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mixtral_jax.kernels import check_body, megablox, platform, vary_like
+from mixtral_jax.kernels import check_body, device_kind, megablox, platform, vary_like
 from mixtral_jax.kernels.blocks import blocks
 
 PLATFORMS = {
     "megablox": ("tpu",),
     "ragged_dot": ("cpu", "gpu", "tpu"),
+    "hopper": ("gpu",),
     "tokamax": ("gpu",),
     "blocks": ("cpu", "gpu", "tpu"),
 }
-PALLAS = ("megablox", "tokamax")
+PALLAS = ("megablox", "hopper", "tokamax")
 """Kernels that do not say what they vary over: inside shard_map, its types must not be checked."""
+
+TILE = 128
+"""What megablox and hopper want rows, and both sides of the matrices, to be a multiple of."""
+HOPPER = re.compile(r"\bG?H(100|200|800|20)\b")
+"""What the names of such GPUs hold."""
 
 WITHOUT_TOKAMAX = (
     "the package tokamax is not installed: on GPU every row is then multiplied with every expert. "
@@ -44,21 +52,17 @@ def installed(implementation: str) -> bool:
     return implementation != "tokamax" or importlib.util.find_spec("tokamax") is not None
 
 
-def resolve(implementation: str | None, width: int, hidden: int) -> str:
-    """The body for matrices [width, hidden]: that asked for, or the best.
+def resolve(implementation: str | None, width: int, hidden: int, dtype: jnp.dtype) -> str:
+    """The body for matrices [width, hidden] of this type: that asked for, or the best.
 
     Raises:
-      ValueError: if the one asked for cannot run on this platform, or on these shapes.
+      ValueError: if the one asked for cannot run on this platform, or on these matrices.
     """
     here, aligned = platform(), megablox.fits(width, hidden)
     if not implementation:
-        if here == "cpu":
-            return "blocks"
-        if here == "gpu" and not installed("tokamax"):
-            warnings.warn(WITHOUT_TOKAMAX, stacklevel=2)
-            return "ragged_dot"
-        best = {"tpu": "megablox" if aligned else "ragged_dot", "gpu": "tokamax"}
-        return best[here]
+        if here == "gpu":
+            return _best_on_gpu(width, hidden, dtype)
+        return {"cpu": "blocks", "tpu": "megablox" if aligned else "ragged_dot"}[here]
     check_body("grouped_matmul", implementation, here, PLATFORMS, instead="ragged_dot")
     if not installed(implementation):
         raise ValueError(
@@ -70,7 +74,28 @@ def resolve(implementation: str | None, width: int, hidden: int) -> str:
             f"grouped_matmul=megablox wants multiples of {megablox.LANES}, not {width} into "
             f"{hidden}: use ragged_dot, or leave it empty"
         )
+    if implementation == "hopper" and not _fits_hopper(width, hidden, dtype):
+        raise ValueError(
+            "grouped_matmul=hopper wants an H100 or H200, multiples of 128 and a compute_dtype of "
+            f"bfloat16, not {device_kind()}, {width} into {hidden} and {jnp.dtype(dtype)}: "
+            "use ragged_dot, or leave it empty"
+        )
     return implementation
+
+
+def _fits_hopper(width: int, hidden: int, dtype: jnp.dtype) -> bool:
+    narrow = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    aligned = width % TILE == hidden % TILE == 0
+    return narrow and aligned and HOPPER.search(device_kind()) is not None
+
+
+def _best_on_gpu(width: int, hidden: int, dtype: jnp.dtype) -> str:
+    if _fits_hopper(width, hidden, dtype):
+        return "hopper"
+    if installed("tokamax"):
+        return "tokamax"
+    warnings.warn(WITHOUT_TOKAMAX, stacklevel=3)
+    return "ragged_dot"
 
 
 def grouped_matmul(
@@ -93,16 +118,17 @@ def grouped_matmul(
       group_sizes_E: int32 rows of each expert; zero is fine, and so is all of them.
       transposed: the matrices are given as [E, F, D], which is how a TPU wants those whose F is
         split over devices: neither they nor their gradient are copied into another layout.
-      zeros: false if rows past the last group may come out as anything; megablox saves a pass.
+      zeros: false if rows past the last group may come out as anything: megablox and hopper save a
+        pass.
       implementation: one of PLATFORMS; None is the platform's best.
     Returns:
       out_RF in the type of x.
     """
-    implementation = resolve(implementation, *w_EDF.shape[1:])
-    if implementation == "megablox":
-        padded_RD = _pad(x_RD, megablox.LANES)
-        out_RF = megablox.grouped_matmul(padded_RD, w_EDF, group_sizes_E, transposed, zeros)
-        return out_RF[: x_RD.shape[0]]
+    implementation = resolve(implementation, *w_EDF.shape[1:], x_RD.dtype)
+    if implementation in ("megablox", "hopper"):
+        kernels = megablox if implementation == "megablox" else _import_hopper()
+        operands = _pad(x_RD, TILE), w_EDF, group_sizes_E
+        return kernels.grouped_matmul(*operands, transposed, zeros)[: x_RD.shape[0]]
     if transposed:
         w_EDF = w_EDF.swapaxes(1, 2)
     x_RD, w_EDF = vary_like(x_RD, w_EDF), vary_like(w_EDF, x_RD)
@@ -131,6 +157,13 @@ def _tokamax(x_RD, w_EDF, group_sizes_E, preferred_element_type):
 def _pad(x_RD, step: int):
     """x with rows of zeros behind it, so that they are a multiple of `step`."""
     return jnp.pad(x_RD, ((0, -x_RD.shape[0] % step), (0, 0)))
+
+
+def _import_hopper():
+    """Where they are wanted: what they are made of is there for Linux alone, and takes 0.15 s."""
+    from mixtral_jax.kernels import hopper
+
+    return hopper
 
 
 @functools.cache

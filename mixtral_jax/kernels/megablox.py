@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-import jax
-import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 from mixtral_jax.kernels import device_kind
+from mixtral_jax.kernels.differentiable import differentiable
 
 LANES = 128  # every tile is a multiple of it
 TILES = (512, 1024, 1024)
@@ -41,11 +38,11 @@ def _tiles(rows: int, width: int, hidden: int, experts: int) -> tuple[int, int, 
     return _tile(rows, height), _tile(width, most[0]), _tile(hidden, most[1])
 
 
-def _rows_times_matrix(x_RD, w, group_sizes_E, transposed: bool, zeros: bool = True):
-    """w is [E, D, F], or [E, F, D] if transposed."""
+def rows_times_matrix(x_RD, w, group_sizes_E, transposed: bool):
+    """out_RF; w is [E, D, F], or [E, F, D] if transposed. Past the last group, anything."""
     rows, width = x_RD.shape
     hidden = w.shape[1 if transposed else 2]
-    out_RF = gmm(
+    return gmm(
         x_RD,
         w,
         group_sizes_E,
@@ -54,10 +51,19 @@ def _rows_times_matrix(x_RD, w, group_sizes_E, transposed: bool, zeros: bool = T
         transpose_rhs=transposed,
         interpret=_interpret(),
     )
-    if not zeros:
-        return out_RF
-    in_use_R = jnp.arange(rows) < group_sizes_E.sum()  # the kernel leaves the others as they were
-    return jnp.where(in_use_R[:, None], out_RF, 0)
+
+
+def rows_times_rows(left_RD, right_RF, group_sizes_E):
+    """out_EDF: of each expert, the sum over its rows of left[r, :, None] * right[r, None, :]."""
+    sizes = left_RD.shape[0], left_RD.shape[1], right_RF.shape[1], group_sizes_E.shape[0]
+    return tgmm(
+        left_RD.T,
+        right_RF,
+        group_sizes_E,
+        left_RD.dtype,
+        _tiles(*sizes),
+        interpret=_interpret(),
+    )
 
 
 def _interpret() -> bool:
@@ -65,40 +71,4 @@ def _interpret() -> bool:
     return False
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def grouped_matmul(
-    x_RD: jax.Array,
-    w_EDF: jax.Array,
-    group_sizes_E: jax.Array,
-    transposed: bool = False,
-    zeros: bool = True,
-) -> jax.Array:
-    """As kernels.grouped_matmul; inside shard_map, its types must not be checked.
-
-    With `transposed` the matrices are given as [E, F, D], and so is their gradient. Without `zeros`
-    rows past the last group come out as anything, which saves a pass over the result.
-    """
-    return _rows_times_matrix(x_RD, w_EDF, group_sizes_E, transposed, zeros)
-
-
-def _forward(x_RD, w_EDF, group_sizes_E, transposed, zeros):
-    out_RF = grouped_matmul(x_RD, w_EDF, group_sizes_E, transposed, zeros)
-    return out_RF, (x_RD, w_EDF, group_sizes_E)
-
-
-def _backward(transposed, _, residuals, g_RF):
-    x_RD, w_EDF, group_sizes_E = residuals
-    dx_RD = _rows_times_matrix(g_RF, w_EDF, group_sizes_E, not transposed)
-    left_R, right_R = (g_RF, x_RD) if transposed else (x_RD, g_RF)
-    dw_EDF = tgmm(
-        left_R.T,
-        right_R,
-        group_sizes_E,
-        w_EDF.dtype,
-        _tiles(left_R.shape[0], left_R.shape[1], right_R.shape[1], w_EDF.shape[0]),
-        interpret=_interpret(),
-    )
-    return dx_RD, dw_EDF, None
-
-
-grouped_matmul.defvjp(_forward, _backward)
+grouped_matmul = differentiable(rows_times_matrix, rows_times_rows)

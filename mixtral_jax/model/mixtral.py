@@ -229,6 +229,8 @@ class Mixtral(nnx.Module):
             )
         layers = self.config.num_hidden_layers
         unroll = 1 if self.config.scan_layers else layers
+        if unroll > 1 and self.config.remat != "none":
+            stacked = _in_type(stacked, x_BLD.dtype)
         numbers = jnp.arange(layers) if cached else None
         (x_BLD, cache), statistics = jax.lax.scan(
             one_layer, (x_BLD, step.cache), (stacked, numbers), unroll=unroll
@@ -252,6 +254,19 @@ class Mixtral(nnx.Module):
             statistics.append(sums)
             written.append(cache)
         return x_BLD, jax.tree.map(lambda *sums: jnp.stack(sums), *statistics), tuple(written)
+
+
+def _in_type(layers: nnx.State, dtype: jnp.dtype) -> nnx.State:
+    """The layers' parameters in the activations' type, but the router's, which multiplies in its own.
+
+    A layer that is computed again finds its parameters kept as they came in, each a slice of its
+    stack; so neither what is kept nor its gradient is wider than what is multiplied.
+    """
+
+    def cast(path, a):
+        return a if "router" in jax.tree_util.keystr(path) else a.astype(dtype)
+
+    return jax.tree.map_with_path(cast, layers)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -286,10 +301,11 @@ def chosen_kernels(config: ModelConfig, batch: int, length: int) -> dict[str, st
     """
     try:
         exchange = exchange_of(config, batch * length // sharding.batch_shards())
+        dtype = compute_dtype(config)
         return {
             "exchange": exchange.implementation,
-            "grouped_matmul": grouped_matmul_of(config),
-            "attention": resolve(config.attention, length, config.head_size, compute_dtype(config)),
+            "grouped_matmul": grouped_matmul_of(config, dtype),
+            "attention": resolve(config.attention, length, config.head_size, dtype),
         }
     except ValueError as error:
         raise InputError(f"model.{error}") from None

@@ -45,10 +45,10 @@ def exchange_of(config: ModelConfig, tokens: int) -> exchanges.Exchange:
     )
 
 
-def grouped_matmul_of(config: ModelConfig) -> str:
-    """The body of the experts' products, on the mesh that is set."""
+def grouped_matmul_of(config: ModelConfig, dtype: jnp.dtype) -> str:
+    """The body of the experts' products of activations of this type, on the mesh that is set."""
     hidden = config.intermediate_size // sharding.tensor_shards()
-    return grouped_matmul.resolve(config.grouped_matmul, config.hidden_size, hidden)
+    return grouped_matmul.resolve(config.grouped_matmul, config.hidden_size, hidden, dtype)
 
 
 def _few(config: ModelConfig, exchange: exchanges.Exchange, tokens: int, dtype) -> bool:
@@ -146,8 +146,8 @@ class MoE(nnx.Module):
         """
         tokens = real_BL.size // sharding.batch_shards()
         exchange = exchange_of(self.config, tokens)
-        grouped = grouped_matmul_of(self.config)
         dtype = x_BLD.dtype
+        grouped = grouped_matmul_of(self.config, dtype)
         into = sharding.spec("experts", "expert_model", "expert_hidden")
         out_of = sharding.spec("experts", "expert_hidden", "expert_model")
         weights = [self.gate_EDF, self.up_EDF, self.down_EFD]

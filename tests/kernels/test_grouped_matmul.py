@@ -226,12 +226,12 @@ def test_without_tokamax_a_gpu_multiplies_every_expert_and_says_so(monkeypatch):
     monkeypatch.setattr(module, "platform", lambda: "gpu")
     monkeypatch.setattr(module, "installed", lambda name: name != "tokamax")
     with pytest.warns(UserWarning, match=r"tokamax is not installed.*requirements-gpu.txt"):
-        assert module.resolve("", 7, 5) == "ragged_dot"
+        assert module.resolve("", 7, 5, "bfloat16") == "ragged_dot"
     with pytest.raises(ValueError, match=r"^grouped_matmul=tokamax .*pip install tokamax.*$"):
-        module.resolve("tokamax", 7, 5)
+        module.resolve("tokamax", 7, 5, "bfloat16")
     monkeypatch.setattr(module, "installed", lambda name: True)
-    assert module.resolve("tokamax", 7, 5) == "tokamax"
-    assert module.resolve("", 7, 5) == "tokamax"
+    assert module.resolve("tokamax", 7, 5, "bfloat16") == "tokamax"
+    assert module.resolve("", 7, 5, "bfloat16") == "tokamax"
 
 
 def test_bfloat16_sums_in_float32():

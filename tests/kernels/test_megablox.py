@@ -132,7 +132,7 @@ def test_tiles_divide_what_they_cut_and_suit_the_chip(monkeypatch, kind, shape, 
 def test_the_best_body_of_each_platform_and_shape(monkeypatch, platform, asked, width, body):
     monkeypatch.setattr("mixtral_jax.kernels.grouped_matmul.platform", lambda: platform)
     monkeypatch.setattr("mixtral_jax.kernels.grouped_matmul.installed", lambda name: True)
-    assert resolve(asked, width, F) == body
+    assert resolve(asked, width, F, jnp.bfloat16) == body
 
 
 @pytest.mark.parametrize(
@@ -145,5 +145,5 @@ def test_the_best_body_of_each_platform_and_shape(monkeypatch, platform, asked, 
 def test_a_body_that_cannot_run_is_refused_in_one_line(monkeypatch, platform, width, words):
     monkeypatch.setattr("mixtral_jax.kernels.grouped_matmul.platform", lambda: platform)
     with pytest.raises(ValueError, match=r"^.+$") as error:
-        resolve("megablox", width, F)
+        resolve("megablox", width, F, jnp.bfloat16)
     assert all(word in str(error.value) for word in words), error.value

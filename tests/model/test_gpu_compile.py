@@ -58,7 +58,7 @@ def test_a_training_step(gpus, number, exchange):
     mesh = sharding.make_mesh(expert=number, devices=gpus(number))
     with jax.set_mesh(mesh):
         chosen = kernels_of_step(config)
-    assert chosen == {"exchange": exchange, "grouped_matmul": "tokamax", "attention": "cudnn"}
+    assert chosen == {"exchange": exchange, "grouped_matmul": "hopper", "attention": "cudnn"}
     program = compile_step(config, mesh).as_text()
     # gate, up, down; each again for the rows' gradient and for the matrices'.
     assert program.count('custom_call_target="mosaic_gpu') == 9
