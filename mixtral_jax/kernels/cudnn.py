@@ -10,9 +10,11 @@ document, and JAX has no public name for it.
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 WIDEST_HEAD = 128
 FORWARD = "dot_product_attention_fwd"
@@ -48,16 +50,24 @@ def attention(
       out_BLKGH in the type of q.
     """
     batch, length, kv_heads, groups, head = q_BLKGH.shape
-    same_B1LS = (segments_BL[:, :, None] == segments_BL[:, None, :])[:, None]
-    out_BLNH = jax.nn.dot_product_attention(
-        q_BLKGH.reshape(batch, length, kv_heads * groups, head),
-        k_BLKH,
-        v_BLKH,
-        mask=same_B1LS,
-        is_causal=True,
-        implementation=implementation,
-    )
-    return out_BLNH.reshape(q_BLKGH.shape)
+    q_BLNH = q_BLKGH.reshape(batch, length, kv_heads * groups, head)
+    causal = partial(jax.nn.dot_product_attention, is_causal=True, implementation=implementation)
+
+    def within(q_BLNH, k_BLKH, v_BLKH, segments_BL):
+        same_BLS = segments_BL[:, :, None] == segments_BL[:, None, :]
+        return causal(q_BLNH, k_BLKH, v_BLKH, mask=same_BLS[:, None])
+
+    def whole(q_BLNH, k_BLKH, v_BLKH, segments_BL):
+        return causal(q_BLNH, k_BLKH, v_BLKH)
+
+    operands = (q_BLNH, k_BLKH, v_BLKH, segments_BL)
+    return lax.cond(one_document(segments_BL), whole, within, *operands).reshape(q_BLKGH.shape)
+
+
+def one_document(segments_BL: jax.Array) -> jax.Array:
+    """Whether each row is of one document, and perhaps padding behind it."""
+    before_BL, after_BL = segments_BL[:, :-1], segments_BL[:, 1:]
+    return ((before_BL == after_BL) | (after_BL == 0)).all()
 
 
 def kept(primitive, *_, **__) -> bool:

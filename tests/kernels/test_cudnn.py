@@ -16,8 +16,15 @@ from mixtral_jax.kernels import attention as kernels
 from mixtral_jax.kernels import cudnn
 
 B, L, K, G, H = 2, 6, 3, 4, 8
-SEGMENTS = np.array([[1, 1, 2, 2, 2, 3], [1, 1, 1, 1, 0, 0]])
-CALLS = ("__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward")
+SEGMENTS = {
+    "packed": np.array([[1, 1, 2, 2, 2, 3], [1, 1, 1, 1, 0, 0]]),
+    "one document in a row": np.array([[1, 1, 1, 1, 1, 1], [2, 2, 2, 2, 0, 0]]),
+}
+CALLS = [
+    f"__cudnn$fmha{kind}{way}"
+    for kind in ("ScaleBiasSoftmax", "Softmax")  # with a mask, and without
+    for way in ("", "Backward")
+]
 
 
 def with_gradients(q_BLKGH, k_BLKH, v_BLKH, g_BLKGH, segments_BL, **options):
@@ -26,14 +33,16 @@ def with_gradients(q_BLKGH, k_BLKH, v_BLKH, g_BLKGH, segments_BL, **options):
     return out, *pull(g_BLKGH)
 
 
-def test_values_and_gradients_of_packed_documents():
+@pytest.mark.parametrize("segments_BL", SEGMENTS.values(), ids=SEGMENTS)
+def test_values_and_gradients_of_packed_documents(segments_BL):
     rng = np.random.default_rng(0)
     q = (B, L, K, G, H)
     arrays = [rng.normal(size=shape).astype(np.float32) for shape in (q, q[:3] + q[4:])]
     arrays += [rng.normal(size=a.shape).astype(np.float32) for a in arrays[::-1]]  # v and g
-    allowed_BLS = oracle.may_see(SEGMENTS)
-    for row in range(B):  # padding sees padding: nobody looks at it, and the oracle forbids it
-        allowed_BLS[row] |= np.tril((SEGMENTS[row] == 0)[:, None] & (SEGMENTS[row] == 0))
+    padding_BL = segments_BL == 0
+    arrays[3][padding_BL] = 0  # nobody looks at it
+    allowed_BLS = oracle.may_see(segments_BL)
+    allowed_BLS |= np.tril(padding_BL[:, :, None] & padding_BL[:, None])  # the oracle forbids it
 
     def weighted(q, k, v, g):
         return (oracle.attend(q, k, v, allowed_BLS) * g).sum()
@@ -41,7 +50,16 @@ def test_values_and_gradients_of_packed_documents():
     wide = [np.asarray(a, np.float64) for a in arrays]
     expected = oracle.attend(*wide[:3], allowed_BLS), *oracle.gradient(weighted, (0, 1, 2))(*wide)
     run = jax.jit(functools.partial(with_gradients, implementation="xla"))
-    oracle.close(run(*arrays, jnp.asarray(SEGMENTS)), expected, rel=2e-6)
+    out_BLKGH, *gradients = run(*arrays, jnp.asarray(segments_BL))
+    real = [np.where(padding_BL[..., None, None, None], 0, a) for a in (out_BLKGH, expected[0])]
+    oracle.close((real[0], *gradients), (real[1], *expected[1:]), rel=2e-6)
+
+
+def test_a_row_of_one_document_needs_no_mask():
+    packed, whole = (jnp.asarray(segments_BL) for segments_BL in SEGMENTS.values())
+    assert cudnn.one_document(whole)
+    assert not cudnn.one_document(packed)
+    assert not cudnn.one_document(jnp.array([[1, 1, 0, 1]]))  # it would see the padding before it
 
 
 @pytest.fixture
@@ -67,7 +85,7 @@ def test_it_is_lowered_to_cudnn(cudnn_is_there):
     assert f"tensor<{B}x{K * G}x{L}x{L}x" not in text  # ... no scores
 
 
-@pytest.mark.parametrize(("keep", "times"), [(True, 1), (False, 2)])
+@pytest.mark.parametrize(("keep", "times"), [(True, 2), (False, 4)])  # with a mask, and without
 def test_a_policy_keeps_what_the_backward_pass_wants(cudnn_is_there, keep, times):
     policy = cudnn.kept if keep else jax.checkpoint_policies.nothing_saveable
 
