@@ -113,7 +113,6 @@ def dense_products(config: Config, batch: int) -> Turn:
 
     sharding.start(MeshConfig())
     import jax
-    import jax.numpy as jnp
 
     from mixtral_jax.model.flops import training_flops_per_token
     from mixtral_jax.model.mixtral import compute_dtype
@@ -125,7 +124,9 @@ def dense_products(config: Config, batch: int) -> Turn:
         model.intermediate_size,
     )
     work = training_flops_per_token(model, training.sequence_length) * rows
-    x, w = (jnp.ones(s, compute_dtype(model)) for s in ((rows, width), (width, hidden)))
+    keys = jax.random.split(jax.random.key(0))  # a GPU multiplies ones faster
+    shapes = ((rows, width), (width, hidden))
+    x, w = (jax.random.normal(*pair, compute_dtype(model)) for pair in zip(keys, shapes))
     product = jax.jit(lambda x, w: x @ w)
     repeats = 40
 

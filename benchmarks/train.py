@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import pathlib
 import re
 import tempfile
@@ -41,9 +42,17 @@ def operation_times(trace: pathlib.Path, hlo: str) -> collections.Counter[tuple[
     for file in trace.rglob("*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
             for event in (event for line in plane.lines for event in line.events):
-                if event.name in names and not event.name.startswith(CONTAINERS):
-                    spent[event.name, names[event.name]] += event.duration_ns
+                name = instruction_of(event, names)
+                if name and not name.startswith(CONTAINERS):
+                    spent[name, names[name]] += event.duration_ns
     return spent
+
+
+def instruction_of(event, names: dict[str, str]) -> str | None:
+    """Which of these an event of a trace is; on GPU a kernel's event has another name."""
+    if event.name in names:
+        return event.name
+    return next((v for k, v in event.stats if k == "hlo_op" and v in names), None)
 
 
 def show_shares(arguments: argparse.Namespace, spent: collections.Counter[tuple[str, str]]) -> None:
@@ -59,11 +68,13 @@ def show_shares(arguments: argparse.Namespace, spent: collections.Counter[tuple[
         measure.show("train operations", {**line, **found})
 
 
-def profile(training: ours.Training, steps: int) -> collections.Counter[tuple[str, str]]:
-    """operation_times of a few steps."""
+def profile(
+    training: ours.Training, steps: int, kept: str | None
+) -> collections.Counter[tuple[str, str]]:
+    """operation_times of a few steps, whose trace may be kept in a folder."""
     import jax
 
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.nullcontext(kept) if kept else tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(steps):
                 training.step()
@@ -75,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--steps", type=measure.positive, default=20)
     parser.add_argument("--profile", type=int, default=3, help="steps to profile")
+    parser.add_argument("--trace", help="folder to keep the profile in, for XProf")
     parser.add_argument("--operations", type=int, default=0, help="print the longest ones too")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
@@ -91,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     measure.show("train", line)
     if arguments.profile:
-        spent = profile(training, arguments.profile)
+        spent = profile(training, arguments.profile, arguments.trace)
         show_shares(arguments, spent)
 
 
