@@ -14,7 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
+
+try:
+    from jax.experimental.pallas import triton
+except ImportError:  # JAX has announced that it will go
+    triton = None
 
 from mixtral_jax.kernels import platform
 
@@ -49,7 +53,8 @@ TILES = Tiles(64, 128, programs=256)
 def fits(rows: int, dtype: jnp.dtype, *sizes: int) -> bool:
     """Whether these kernels run here, on so many rows and on matrices with dimensions of sizes."""
     aligned = not any(size % ALIGNED for size in sizes)
-    return platform() == "gpu" and rows <= MOST and jnp.dtype(dtype) in TYPES and aligned
+    here = platform() == "gpu" and triton is not None
+    return here and rows <= MOST and jnp.dtype(dtype) in TYPES and aligned
 
 
 @jax.custom_vjp
@@ -58,8 +63,13 @@ def products(x_RD: jax.Array, matrices_DF: Sequence[jax.Array]) -> tuple[jax.Arr
 
     Arrays of one device; inside shard_map, whose types must not be checked.
     """
-    parts_PRF = _products(x_RD, matrices_DF, TILES)
-    return tuple(parts.sum(axis=0).astype(x_RD.dtype) for parts in parts_PRF)
+    return tuple(p_PRF.sum(axis=0).astype(x_RD.dtype) for p_PRF in parts(x_RD, matrices_DF))
+
+
+def parts(x_RD: jax.Array, matrices_DF: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """For each matrix float32 parts_PRF, whose sum over P is x times it: to be added up by what
+    takes the product. Without a gradient."""
+    return tuple(_parts(x_RD, matrices_DF, TILES))
 
 
 def _plain(x_RD, matrices_DF):
@@ -77,8 +87,8 @@ def _interpret() -> bool:
     return False
 
 
-def call(kernel, name: str, tiles: Tiles, grid, in_specs, out_specs, out_shape):
-    """pl.pallas_call through Triton."""
+def call(kernel, name: str, tiles: Tiles, grid, in_specs, out_specs, out_shape, aliases=None):
+    """pl.pallas_call through Triton; aliases: of operands, by number, those of their results."""
     return pl.pallas_call(
         kernel,
         grid=grid,
@@ -86,6 +96,7 @@ def call(kernel, name: str, tiles: Tiles, grid, in_specs, out_specs, out_shape):
         out_specs=out_specs,
         out_shape=out_shape,
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        input_output_aliases=aliases or {},
         interpret=_interpret(),
         name=name,
     )
@@ -119,14 +130,14 @@ def dot(a: jax.Array, b: jax.Array, b_axis: int = 0) -> jax.Array:
     return lax.dot_general(a, b, (((1,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _products(x_RD, matrices_DF, tiles: Tiles):
-    """float32 parts_PRF for each matrix, whose sum over P is its product."""
+def _parts(x_RD, matrices_DF, tiles: Tiles):
+    """parts, with these tiles."""
     (num_rows, width), rows = x_RD.shape, padded(x_RD.shape[0])
     depth, blocks = block_of(width, tiles.depth), width // block_of(width, tiles.depth)
     columns = [block_of(w_DF.shape[1], tiles.columns) for w_DF in matrices_DF]
     strips = [w_DF.shape[1] // size for w_DF, size in zip(matrices_DF, columns)]
     firsts = [sum(strips[:number]) for number in range(len(strips))]
-    parts, per_part = parts_of(blocks, -(-tiles.programs // sum(strips)))
+    num_parts, per_part = parts_of(blocks, -(-tiles.programs // sum(strips)))
 
     def kernel(x_ref, *refs):
         in_use_R1 = (jnp.arange(rows) < num_rows)[:, None]
@@ -157,11 +168,11 @@ def _products(x_RD, matrices_DF, tiles: Tiles):
         kernel,
         "few_rows",
         tiles,
-        (sum(strips), parts),
+        (sum(strips), num_parts),
         [whole(rows, width), *(whole(*w_DF.shape) for w_DF in matrices_DF)],
-        [whole(parts, rows, w_DF.shape[1]) for w_DF in matrices_DF],
+        [whole(num_parts, rows, w_DF.shape[1]) for w_DF in matrices_DF],
         [
-            jax.ShapeDtypeStruct((parts, num_rows, w_DF.shape[1]), jnp.float32)
+            jax.ShapeDtypeStruct((num_parts, num_rows, w_DF.shape[1]), jnp.float32)
             for w_DF in matrices_DF
         ],
     )(x_RD, *matrices_DF)

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from mixtral_jax.kernels import few_rows
-from mixtral_jax.kernels.few_rows import Tiles, block_of, call, dot, padded, parts_of, whole
+from mixtral_jax.kernels.few_rows import Tiles, block_of, call, dot, padded, parts_of, triton, whole
 
-INTO, OUT_OF = Tiles(64, 128), Tiles(64, 128, programs=512)
-"""Of gate and up; and of down, where programs are those of all slots."""
+INTO, OUT_OF = Tiles(32, 256, programs=100, warps=8), Tiles(64, 128, programs=512)
+"""Of gate and up, and of down: programs are those of all slots. For gate and up blocks become
+narrower, but not below NARROW, until there are as many."""
+NARROW = 64
 
 
 def fits(tokens: int, experts: int, width: int, hidden: int, dtype: jnp.dtype) -> bool:
@@ -47,8 +48,17 @@ def experts(
     Returns:
       out_TD in the type of x, rounded once.
     """
+    parts_PTD = parts(x_TD, gate_EDF, up_EDF, down_EFD, ids_TC, weights_TC)
+    return parts_PTD.sum(axis=0).astype(x_TD.dtype)
+
+
+def parts(x_TD, gate_EDF, up_EDF, down_EFD, ids_TC, weights_TC) -> jax.Array:
+    """float32 parts_PTD, whose sum over P is what `experts` gives: to be added up by what takes it.
+
+    Without a gradient.
+    """
     hidden_STF = _hidden(x_TD, gate_EDF, up_EDF, ids_TC, INTO)
-    return _out(hidden_STF, down_EFD, ids_TC, weights_TC, OUT_OF).sum(axis=0).astype(x_TD.dtype)
+    return _out(hidden_STF, down_EFD, ids_TC, weights_TC, OUT_OF)
 
 
 def _plain(ids_TC, x_TD, gate_EDF, up_EDF, down_EFD, weights_TC):
@@ -99,6 +109,8 @@ def _hidden(x_TD, gate_EDF, up_EDF, ids_TC, tiles: Tiles):
     rows, per_token = padded(tokens), ids_TC.shape[1]
     slots = min(experts, ids_TC.size)
     depth, columns = block_of(width, tiles.depth), block_of(hidden, tiles.columns)
+    while columns > NARROW and hidden // columns * slots < tiles.programs:
+        columns //= 2
 
     def kernel(ids_ref, x_ref, gate_ref, up_ref, hidden_ref):
         real_T = jnp.arange(rows) < tokens

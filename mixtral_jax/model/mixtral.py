@@ -13,6 +13,7 @@ from mixtral_jax import sharding
 from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.kernels import chunks, cudnn, platform, splash
 from mixtral_jax.kernels.attention import resolve
+from mixtral_jax.model import decoding
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.cache import Cached, Step, make_cache
 from mixtral_jax.model.int8 import Int8, columns
@@ -159,7 +160,12 @@ class Mixtral(nnx.Module):
             segments_BL = jnp.ones_like(tokens_BL)
         x_BLD = self._embed(tokens_BL)
         step = Step(cache, None, row_B, positions_BL, segments_BL > 0)
-        run = self._run_layers if isinstance(self.layers, Block) else self._run_list
+        if isinstance(self.layers, Block):
+            run = self._run_layers
+        elif decoding.fits(self.layers[0], x_BLD, step):
+            run = partial(decoding.run, self.layers)
+        else:
+            run = self._run_list
         x_BLD, statistics, cache = run(x_BLD, positions_BL, segments_BL, step)
         if logits_at_B is not None:
             here_BL = jnp.arange(x_BLD.shape[1])[None] == logits_at_B[:, None]
@@ -257,7 +263,7 @@ class Mixtral(nnx.Module):
 
 
 def _in_type(layers: nnx.State, dtype: jnp.dtype) -> nnx.State:
-    """The layers' parameters in the activations' type, but the router's, which multiplies in its own.
+    """The layers' parameters in the activations' type, but the router's, whose product is float32.
 
     A layer that is computed again finds its parameters kept as they came in, each a slice of its
     stack; so neither what is kept nor its gradient is wider than what is multiplied.

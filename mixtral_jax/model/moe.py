@@ -51,11 +51,12 @@ def grouped_matmul_of(config: ModelConfig, dtype: jnp.dtype) -> str:
     return grouped_matmul.resolve(config.grouped_matmul, config.hidden_size, hidden, dtype)
 
 
-def _few(config: ModelConfig, exchange: exchanges.Exchange, tokens: int, dtype) -> bool:
-    """Whether the kernels for a few tokens do all that follows the routing."""
+def runs_few(config: ModelConfig, tokens: int, dtype: jnp.dtype) -> bool:
+    """Whether the kernels for a few tokens do all that follows the routing, of so many on each
+    device of the mesh that is set and with matrices that are arrays."""
     hidden = config.intermediate_size // sharding.tensor_shards()
     shape = (config.num_local_experts, config.hidden_size, hidden)
-    whole = exchange.implementation == "local" and config.capacity_factor is None
+    whole = exchange_of(config, tokens).implementation == "local" and config.capacity_factor is None
     return whole and not config.grouped_matmul and few_tokens.fits(tokens, *shape, dtype)
 
 
@@ -164,7 +165,7 @@ class MoE(nnx.Module):
         batch = sharding.spec("batch")
         body = partial(_sparse_experts, config=self.config, exchange=exchange, grouped=grouped)
         arrays = all(isinstance(w, jax.Array) for w in weights)
-        few = arrays and _few(self.config, exchange, tokens, dtype)
+        few = arrays and runs_few(self.config, tokens, dtype)
         if few:
             body = partial(_few_tokens, per_token=self.config.num_experts_per_tok)
         body = jax.shard_map(
@@ -207,7 +208,7 @@ def _sparse_experts(
 
     with jax.named_scope("exchange"):  # 3. rows to their experts
         plan = exchanges.plan(exchange, kept_E)
-        statistics = _over_batch(local_statistics(routing, real_T, (chosen_E - plan.kept_E).sum()))
+        statistics = over_batch(local_statistics(routing, real_T, (chosen_E - plan.kept_E).sum()))
         rows = dispatch_rows(
             *(routing.ids_TC, order_A, rank_CT, chosen_E, plan.kept_E, plan.offsets_E),
             exchange.send_rows,
@@ -249,7 +250,7 @@ def _few_tokens(x_BLD, real_BL, router_DE, gate_EDf, up_EDf, down_EfD, *, per_to
     x_TD, real_T = x_BLD.reshape(-1, x_BLD.shape[-1]), real_BL.reshape(-1)
     with jax.named_scope("route"):
         routing = route(x_TD, router_DE, real_T, per_token)
-        statistics = _over_batch(local_statistics(routing, real_T, jnp.int32(0)))
+        statistics = over_batch(local_statistics(routing, real_T, jnp.int32(0)))
     with jax.named_scope("experts"):
         matrices = _whole(gate_EDf, 1), _whole(up_EDf, 1), _whole(down_EfD, 2)
         out_TD = few_tokens.experts(x_TD, *matrices, routing.ids_TC, routing.weights_TC)
@@ -257,8 +258,8 @@ def _few_tokens(x_BLD, real_BL, router_DE, gate_EDf, up_EDf, down_EfD, *, per_to
     return out_TD.reshape(x_BLD.shape), statistics
 
 
-def _over_batch(statistics: RoutingStatistics) -> RoutingStatistics:
-    """Those of the global batch, of each device's."""
+def over_batch(statistics: RoutingStatistics) -> RoutingStatistics:
+    """Those of the global batch, of each device's; inside shard_map."""
     over = sharding.in_use(*sharding.BATCH_AXES)
     return jax.tree.map(lambda s: lax.psum(s, over), statistics)
 

@@ -50,9 +50,15 @@ def route(x_TD: jax.Array, w_DE: jax.Array, real_T: jax.Array, per_token: int) -
         precision=jax.lax.Precision.HIGHEST,
     )
     chosen_TC, ids_TC = jax.lax.top_k(logits_TE, per_token)
+    ids_TC = jnp.where(real_T[:, None], ids_TC, logits_TE.shape[1])
+    return routing_of(logits_TE, ids_TC, jax.nn.softmax(chosen_TC, axis=-1))
+
+
+def routing_of(logits_TE: jax.Array, ids_TC: jax.Array, weights_TC: jax.Array) -> Routing:
+    """The Routing of logits from which the experts are chosen already."""
     return Routing(
-        ids_TC=jnp.where(real_T[:, None], ids_TC, logits_TE.shape[1]),
-        weights_TC=jax.nn.softmax(chosen_TC, axis=-1),
+        ids_TC=ids_TC,
+        weights_TC=weights_TC,
         probabilities_TE=jax.nn.softmax(logits_TE, axis=-1),
         logsumexp_T=jax.nn.logsumexp(logits_TE, axis=-1),
     )

@@ -14,7 +14,7 @@ B, K, G, H, S = 3, 2, 4, 16, 80
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setattr(few_rows, "_interpret", lambda: True)
+    monkeypatch.setattr(few_rows, "_interpret", lambda: jax.default_backend() == "cpu")
 
 
 def operands(positions):
@@ -48,3 +48,5 @@ def test_what_it_takes(monkeypatch):
     assert not few_queries.fits(q_BLKGH[..., :12], k_BKSH[..., :12])
     assert not few_queries.fits(q_BLKGH, k_BKSH.astype(jnp.int8))
     assert not few_queries.fits(q_BLKGH, k_BKSH[None])
+    long = jax.ShapeDtypeStruct((B, K, 2**25, H), k_BKSH.dtype)
+    assert not few_queries.fits(q_BLKGH, long)

@@ -21,7 +21,7 @@ def operands(rows):
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setattr(few_rows, "_interpret", lambda: True)
+    monkeypatch.setattr(few_rows, "_interpret", lambda: jax.default_backend() == "cpu")
 
 
 @pytest.mark.parametrize("rows", [1, 16, 19])
@@ -43,6 +43,7 @@ def test_gradients():
     oracle.close(pull(gs), wanted, rel=2e-6)
 
 
+@pytest.mark.gpu
 def test_a_result_has_the_type_of_the_rows():
     x_RD, matrices = operands(2)
     narrow = [jnp.bfloat16(w) for w in matrices]

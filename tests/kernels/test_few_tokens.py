@@ -25,7 +25,7 @@ IDS = {
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setattr(few_rows, "_interpret", lambda: True)
+    monkeypatch.setattr(few_rows, "_interpret", lambda: jax.default_backend() == "cpu")
     monkeypatch.setattr(few_tokens, "INTO", few_rows.Tiles(32, 64))
     monkeypatch.setattr(few_tokens, "OUT_OF", few_rows.Tiles(64, 32, programs=16))
 
@@ -62,6 +62,7 @@ def test_each_token_by_its_experts(ids):
     oracle.close(run(*arrays), wanted, rel=2e-6)
 
 
+@pytest.mark.gpu
 def test_bfloat16_is_rounded_where_the_general_path_rounds_it():
     """Within the rounding of the hidden rows and of the result, as far as of the products too."""
     ids_TC = np.int32([[3, 0], [1, 3], [0, 1]])

@@ -11,8 +11,11 @@ from harness import place, random_parameters
 from whole import make_config
 
 from mixtral_jax import sharding
-from mixtral_jax.kernels import few_queries, few_rows, few_tokens
+from mixtral_jax.kernels import few_heads, few_norms, few_queries, few_rows, few_tokens
+from mixtral_jax.model import decoding
+from mixtral_jax.model.cache import Step
 from mixtral_jax.model.mixtral import abstract_state
+from mixtral_jax.model.quantized import quantized
 from mixtral_jax.model.unstacked import in_layers
 
 CONFIG = make_config(
@@ -33,9 +36,12 @@ def decode(mesh, monkeypatch):
         (few_rows, "products"),
         (few_queries, "attention"),
         (few_tokens, "experts"),
+        (few_norms, "add_norm_route"),
+        (few_heads, "attention"),
     ):
         kernel = getattr(module, name)
-        watched = lambda *a, kernel=kernel, name=name: calls.add(name) or kernel(*a)  # noqa: E731
+        called = f"{module.__name__.rpartition('.')[2]}.{name}"
+        watched = lambda *a, kernel=kernel, called=called: calls.add(called) or kernel(*a)  # noqa: E731
         monkeypatch.setattr(module, name, watched)
     graphdef, abstract = abstract_state(CONFIG)
     state = place(random_parameters(abstract, seed=0, spread=0.1), mesh)
@@ -59,14 +65,65 @@ def decode(mesh, monkeypatch):
         return jax.tree.map(np.asarray, steps(nnx.state(model))), calls
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 1, 1, 2), (1, 2, 1, 1), (1, 1, 2, 1)], ids=str)
-def test_decoding_gives_what_the_portable_kernels_give(shape, monkeypatch):
+WHOLE = {"few_norms.add_norm_route", "few_heads.attention"}
+APART = {"few_rows.products", "few_queries.attention"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "taken"),
+    [
+        ((1, 1, 1, 1), WHOLE),
+        ((1, 2, 1, 1), WHOLE),
+        ((2, 1, 1, 1), WHOLE),
+        ((2, 1, 1, 2), APART | {"few_tokens.experts"}),
+        ((1, 1, 2, 1), APART),  # experts that are spread out take the general path
+    ],
+    ids=["one", "fsdp 2", "data 2", "data 2, tensor 2", "expert 2"],
+)
+def test_decoding_gives_what_the_portable_kernels_give(shape, taken, monkeypatch):
     mesh = sharding.make_mesh(*shape)
     with monkeypatch.context() as patch:
         portable, none = decode(mesh, patch)
     with few_on_cpu(), monkeypatch.context() as patch:
         kernels, calls = decode(mesh, patch)
     assert not none
-    experts = {"experts"} if shape[2] == 1 else set()  # spread out, they take the general path
-    assert calls == {"products", "attention"} | experts
+    assert calls == taken
     oracle.close(kernels, portable, rel=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() == "cpu", reason="interpreted by the test above")
+def test_on_a_gpu(monkeypatch):
+    """In bfloat16, with all of it and without any."""
+    mesh = sharding.make_mesh()
+    with monkeypatch.context() as patch:
+        patch.setattr(few_rows, "platform", lambda: "cpu")
+        (portable, _), none = decode(mesh, patch)
+    with monkeypatch.context() as patch:
+        (kernels, _), calls = decode(mesh, patch)
+    assert (none, calls) == (set(), WHOLE)
+    oracle.close(
+        *([logits_BLV for logits_BLV, _ in outs] for outs in (kernels, portable)), rel=0.05
+    )
+
+
+def test_what_takes_the_general_path():
+    """All but one token of every sequence, with weights and a cache in the activations' type."""
+    mesh = sharding.make_mesh(1, 1, 1, 1)
+    graphdef, abstract = abstract_state(CONFIG)
+    model = nnx.merge(graphdef, place(random_parameters(abstract, seed=0), mesh))
+    layers, narrow = in_layers(model).layers, in_layers(quantized(model)).layers
+    with jax.set_mesh(mesh), few_on_cpu():
+        cache = in_layers(model).empty_cache(B, PLACES)
+        x_BLD, at_BL = jnp.zeros((B, 1, CONFIG.hidden_size)), jnp.zeros((B, 1), jnp.int32)
+        step = Step(cache, None, None, at_BL, at_BL == 0)
+        int8 = in_layers(model).empty_cache(B, PLACES, jnp.int8)
+        assert decoding.fits(layers[0], x_BLD, step)
+        assert not decoding.fits(narrow[0], x_BLD, step)
+        assert not decoding.fits(layers[0], jnp.tile(x_BLD, (1, 2, 1)), step)
+        assert not decoding.fits(layers[0], x_BLD.astype(jnp.bfloat16), step)
+        assert not decoding.fits(layers[0], x_BLD, step._replace(row_B=jnp.arange(B)))
+        assert not decoding.fits(layers[0], x_BLD, step._replace(cache=int8))
+        assert not decoding.fits(layers[0], x_BLD, step._replace(cache=None))
+    with jax.set_mesh(mesh):
+        assert not decoding.fits(layers[0], x_BLD, step), "on CPU"
