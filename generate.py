@@ -19,7 +19,8 @@ for is not answered, which ends the program unless it reads from a terminal.
 --score makes nothing: it tells the perplexity of the prompts.
 
 With --compile-only v5p:2x2x1 nothing is generated: the programs of a config's model (--config) are
-compiled for that TPU slice, which need not be there, and a report says what they take.
+compiled for that TPU slice, which need not be there, and a report says what they take; for h200:1,
+one of NVIDIA's GPUs, what they take of its memory.
 """
 
 import argparse
@@ -88,7 +89,7 @@ def make_parser() -> Parser:
     place = "where to compute: mesh.expert=4, model.exchange=padded, model.compute_dtype=float32"
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=place)
     only = parser.add_argument_group("compile reports")
-    only.add_argument("--compile-only", metavar="SLICE", help="compile for a TPU slice, and stop")
+    only.add_argument("--compile-only", metavar="SLICE", help="compile for it, and stop")
     only.add_argument("--slices", metavar="N", type=int, default=1, help="that many of them")
     only.add_argument("--sequences", metavar="B", type=int, help="prompts in the batch")
     only.add_argument("--prompt-length", metavar="L", type=int, default=1024, help="their tokens")

@@ -2,7 +2,7 @@
 
 With --compile-only v5p:4x4x4 nothing is trained: the step is compiled for that TPU slice, which
 need not be there, and a report says what it takes in memory and time; with --slices N, for
-several such slices.
+several such slices. With --compile-only h200:8 for the GPUs of a host, of memory alone.
 """
 
 import sys
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--config", required=True, help="a YAML file, such as those in configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--compile-only", metavar="SLICE", help="compile for a TPU slice, and stop")
+    parser.add_argument("--compile-only", metavar="SLICE", help="compile for it, and stop")
     parser.add_argument("--slices", metavar="N", type=int, default=1, help="that many of them")
     parser.add_argument("--report", metavar="FILE", default="", help="its report, as JSON")
     try:

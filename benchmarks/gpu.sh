@@ -6,7 +6,6 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 lines=${1:-lines.jsonl}
-export XLA_PYTHON_CLIENT_MEM_FRACTION=0.95
 
 run() {
     echo "+ $*" >&2

@@ -36,6 +36,8 @@ from mixtral_jax.config import InputError, MeshConfig
 DATA, FSDP, EXPERT, TENSOR = "data", "fsdp", "expert", "tensor"
 AXES = (DATA, FSDP, EXPERT, TENSOR)
 BATCH_AXES = (DATA, FSDP, EXPERT)
+GPU_MEMORY = 0.95
+"""Share of a GPU's memory that JAX takes at start-up, for good."""
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     None: None,
@@ -226,11 +228,19 @@ def start(mesh: MeshConfig) -> None:
     if "JAX_PLATFORMS" not in os.environ and _has_libtpu() and not _has_accelerator():
         jax.config.update("jax_platforms", "cpu")  # libtpu complains where there is no TPU
     emulate_cpu_devices(mesh.size // processes)
+    _use_memory_of_gpus()
     keep_compiled_programs()
     if coordinator:
         jax.distributed.initialize(coordinator, processes, _number_in("JAX_PROCESS_ID"))
     elif _on_tpu() or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         jax.distributed.initialize()
+
+
+def _use_memory_of_gpus() -> None:
+    """Have JAX take GPU_MEMORY of a GPU, not three fourths, unless the user says how much."""
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is older
+    if not any(name in os.environ for name in names):
+        os.environ[names[0]] = str(GPU_MEMORY)
 
 
 def _number_in(variable: str) -> int:

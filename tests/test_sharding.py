@@ -212,6 +212,23 @@ def test_a_mesh_may_split_a_row_of_chips(topology, sizes):
     assert mesh.axis_types == sharding.make_mesh().axis_types
 
 
+@pytest.mark.parametrize("said", ["", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_most_of_a_gpus_memory_is_taken_unless_the_user_says_how_much(said):
+    """JAX reads it when it first looks for devices, and refuses to hear it twice."""
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    code = (
+        "from mixtral_jax import sharding\nfrom mixtral_jax.config import MeshConfig\nimport os\n"
+    )
+    code += f"sharding.start(MeshConfig())\nprint([os.environ.get(n) for n in {names}])"
+    environment = {k: v for k, v in os.environ.items() if k not in names} | (
+        {said: "0.5"} if said else {}
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    wanted = {name: "0.5" for name in names if name == said} or {names[0]: "0.95"}
+    assert done.stdout.strip() == str([wanted.get(name) for name in names])
+
+
 PROGRAM = """
 import jax, logging
 from mixtral_jax import sharding

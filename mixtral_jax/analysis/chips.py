@@ -80,7 +80,9 @@ def parse(name: str) -> SliceName:
     """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
-        raise InputError(f"{name!r} must look like v5p:4x4x4, with one of {', '.join(CHIPS)}")
+        raise InputError(
+            f"{name!r} must look like v5p:4x4x4, with one of {', '.join(CHIPS)}, or like h200:1"
+        )
     chip, sizes = CHIPS[kind], tuple(int(n) for n in shape.split("x"))
     if len(sizes) != chip.torus_axes:
         example = "x".join(["4"] * chip.torus_axes)

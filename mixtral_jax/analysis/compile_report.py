@@ -40,19 +40,20 @@ def compile_report(config: Config, name: str, slices: int = 1) -> dict[str, Any]
     """The report of a config's training step on TPU slices, per chip and per step.
 
     Where the program does not fit, `fits` is false, memory is what the compiler says it would need,
-    and everything that depends on a compiled program is None.
+    and everything that depends on a compiled program is None; so it is for GPUs.
 
     Args:
       config: its mesh must have as many devices as the slices.
-      name: of a slice, such as v5p:4x4x4.
+      name: of a slice, such as v5p:4x4x4, or of GPUs of one host, such as h200:8.
       slices: how many of them.
     Raises:
-      InputError: for a slice or a mesh that cannot be, or if libtpu is not installed.
+      InputError: for a slice or a mesh that cannot be, or if its compiler is not installed.
     """
-    target = topology.get_slice(name, slices)
+    target = topology.get_target(name, slices)
     mesh = topology.make_mesh(config.mesh, target)
     with jax.set_mesh(mesh):
         kernels = kernels_of_step(config)
+    check_kernels(kernels)
     training = config.training
     tokens = training.batch_size * training.sequence_length / target.chips
     report = {
@@ -60,15 +61,28 @@ def compile_report(config: Config, name: str, slices: int = 1) -> dict[str, Any]
         **memory_of(
             lambda: compile_step(config, mesh),
             step_arguments(config, mesh),
-            int(target.chip.hbm_bytes),
+            target.limit,
         ),
         "tokens_per_chip": tokens,
         "model_flops": tokens * training_flops_per_token(config.model, training.sequence_length),
         **dict.fromkeys(ESTIMATES),
     }
-    if report["fits"]:
+    if report["fits"] and target.priced:
         report.update(_estimates(price(config, mesh, target), report, target))
     return report
+
+
+def check_kernels(kernels: dict[str, str]) -> None:
+    """Refuse those that ask the GPU at hand what they are compiled for.
+
+    Raises:
+      InputError: for tokamax.
+    """
+    if kernels["grouped_matmul"] == "tokamax":
+        raise InputError(
+            "model.grouped_matmul=tokamax compiles for the GPU at hand alone: with --compile-only "
+            "use hopper or ragged_dot"
+        )
 
 
 def _estimates(priced: Price, report: dict[str, Any], target: topology.Slice) -> dict[str, Any]:
@@ -116,14 +130,14 @@ def table(report: dict[str, Any]) -> str:
     """A report as lines to read."""
     memory, gib = report["bytes_per_device"], 2**30
     rows = [
-        ("slice", f"{report['topology']}, {report['chips']} chips; all below per chip and step"),
+        ("compiled for", f"{report['topology']}, {report['chips']} chips; all per chip and step"),
         ("kernels", ", ".join(f"{part} {body}" for part, body in report["kernels"].items())),
         ("fits", "yes" if report["fits"] else "NO"),
         *((f"memory, {name}", f"{memory[name] / gib:,.2f} GiB") for name in memory),
         ("tokens", f"{report['tokens_per_chip']:,.0f}"),
         ("model FLOPs", f"{report['model_flops'] / 1e12:,.4g} T"),
     ]
-    if report["fits"]:
+    if report["compiler_seconds"] is not None:
         rows += _estimate_rows(report)
     return aligned(rows)
 

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 
 from mixtral_jax import config_io, sharding
 from mixtral_jax.analysis import prices, topology
-from mixtral_jax.analysis.compile_report import aligned, check_path, estimates, write
+from mixtral_jax.analysis.compile_report import aligned, check_kernels, check_path, estimates, write
 from mixtral_jax.analysis.memory import bytes_of, memory_of
 from mixtral_jax.config import Config, InputError, ModelConfig
 from mixtral_jax.generation.engine import PART
@@ -32,7 +32,7 @@ from mixtral_jax.generation.rows import lanes_of, length_of
 from mixtral_jax.generation.sampling import Parameters
 from mixtral_jax.kernels import cached_attention
 from mixtral_jax.model.cache import places
-from mixtral_jax.model.mixtral import abstract_state
+from mixtral_jax.model.mixtral import abstract_state, chosen_kernels
 from mixtral_jax.model.unstacked import in_layers
 
 
@@ -136,18 +136,18 @@ def generation_report(
     """The reports of prefill and decode, per chip; `estimated_step_seconds` is of one run of each.
 
     Raises:
-      InputError: for a slice, mesh or batch that cannot be, or if libtpu is not installed.
+      InputError: for a slice, mesh or batch that cannot be, or if its compiler is not installed.
     """
-    target = topology.get_slice(name, slices)
+    target = topology.get_target(name, slices)
     mesh, model = topology.make_mesh(config.mesh, target), config.model.dropless()
     _check(config, batch)
+    with jax.set_mesh(mesh):
+        check_kernels(chosen_kernels(model, batch.sequences, batch.length))
     whole = two_programs(model, mesh, batch)
     report = {"topology": target.name, "chips": target.chips, **batch._asdict()}
     for kind, program in whole.items():
-        found = memory_of(
-            partial(program.compile, mesh), program.arguments, int(target.chip.hbm_bytes)
-        )
-        if found["fits"]:
+        found = memory_of(partial(program.compile, mesh), program.arguments, target.limit)
+        if found["fits"] and target.priced:
             found.update(estimates(price_of(kind, config, mesh, target, batch), target))
             tokens = batch.sequences
             if kind == "prefill":
@@ -222,7 +222,7 @@ def table(report: dict[str, Any]) -> str:
     """A report as lines to read."""
     gib = 2**30
     rows = [
-        ("slice", f"{report['topology']}, {report['chips']} chips; all below per chip"),
+        ("compiled for", f"{report['topology']}, {report['chips']} chips; all per chip"),
         (
             "batch",
             f"{report['sequences']} prompts of {report['prompt_length']} tokens in parts of "
@@ -236,7 +236,7 @@ def table(report: dict[str, Any]) -> str:
         rows.append(
             (kind, f"{memory['total'] / gib:,.2f} of {memory['limit'] / gib:,.2f} GiB: {fits}")
         )
-        if found["fits"]:
+        if "estimated_step_seconds" in found:
             rows += _estimate_rows(found)
     limit = report["decode"]
     rows += [

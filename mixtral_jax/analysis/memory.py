@@ -19,7 +19,7 @@ def memory_of(compile: Callable[[], jax.stages.Compiled], arguments: Any, limit:
     the compiler says that it would need.
 
     Args:
-      compile: compiles it.
+      compile: compiles it. For TPUs it fails if the program does not fit; for GPUs it does not.
       arguments: a tree of ShapeDtypeStructs with shardings.
       limit: bytes of one device.
     Raises:
@@ -27,11 +27,15 @@ def memory_of(compile: Callable[[], jax.stages.Compiled], arguments: Any, limit:
     """
     try:
         memory = compile().memory_analysis()
-    except jax.errors.JaxRuntimeError as error:
+    except RuntimeError as error:
+        if "cuDNN not found" in str(error):
+            raise InputError(
+                "cuDNN is not installed: pip install -r requirements-gpu.txt, or use xla"
+            ) from None
         if "RESOURCE_EXHAUSTED" not in str(error):
             reason = str(error).splitlines()[0]
             raise InputError(
-                f"the TPU compiler refuses this program ({reason}): try another mesh, or another "
+                f"the compiler refuses this program ({reason}): try another mesh, or another "
                 "model.exchange"
             ) from None
         held, wanted = bytes_of(arguments), needed_bytes(str(error))
@@ -39,12 +43,12 @@ def memory_of(compile: Callable[[], jax.stages.Compiled], arguments: Any, limit:
         temporaries = wanted if "temporaries" in str(error) else max(wanted - held, 0)
         fits, parts = False, {"arguments": held, "temporaries": temporaries, "output": 0}
     else:
-        fits = True
         parts = {
             "arguments": memory.argument_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
             "output": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         }
+        fits = sum(parts.values()) <= limit
     return {
         "fits": fits,
         "bytes_per_device": {**parts, "total": sum(parts.values()), "limit": limit},

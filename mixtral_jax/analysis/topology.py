@@ -11,6 +11,7 @@ import jax
 from jax.experimental import topologies
 
 from mixtral_jax import sharding
+from mixtral_jax.analysis import gpus
 from mixtral_jax.analysis.chips import Chip, parse
 from mixtral_jax.config import InputError, MeshConfig
 
@@ -32,6 +33,13 @@ class Slice:
     """For example v5p:4x4x4, or 2 x v5p:4x4x4."""
     chip: Chip
     devices: tuple[jax.Device, ...]
+    priced = True
+    """Whether the compiler says what a program takes of time."""
+
+    @property
+    def limit(self) -> int:
+        """Bytes of one device."""
+        return int(self.chip.hbm_bytes)
 
     @property
     def chips(self) -> int:
@@ -103,11 +111,24 @@ def get_devices(name: str, slices: int = 1) -> list[jax.Device]:
         raise InputError(f"{name!r} is not a slice: {reason}") from None
 
 
-def make_mesh(config: MeshConfig, target: Slice) -> jax.sharding.Mesh:
-    """A config's mesh over all the devices of a slice.
+def get_target(name: str, slices: int = 1) -> Slice | gpus.Host:
+    """What a name says, of TPUs (v5p:4x4x4) or of GPUs of one host (h200:8).
 
     Raises:
-      InputError: if it has more or fewer devices than the slice.
+      InputError: as get_slice and gpus.get_host, or for several hosts.
+    """
+    if not gpus.names(name):
+        return get_slice(name, slices)
+    if slices != 1:
+        raise InputError(f"--slices {slices} is for TPUs: {name} are GPUs of one host")
+    return gpus.get_host(name)
+
+
+def make_mesh(config: MeshConfig, target: Slice | gpus.Host) -> jax.sharding.Mesh:
+    """A config's mesh over all the devices of a slice, or of a host.
+
+    Raises:
+      InputError: if it has more or fewer devices.
     """
     if config.size != len(target.devices):
         raise InputError(

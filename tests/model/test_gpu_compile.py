@@ -1,11 +1,10 @@
 """A training step and decoding, compiled for an H200 that is not there.
 
-Nothing runs, so no GPU is needed: XLA takes a description of one (tests/data/h200.txtpb). Of
+Nothing runs, so no GPU is needed: XLA takes a description of one (analysis/gpus.py). Of
 requirements-gpu.txt it wants JAX's two plugins; cuDNN's attention and tokamax only where they are.
 """
 
 import dataclasses
-import pathlib
 import re
 from importlib import metadata
 
@@ -14,12 +13,12 @@ import pytest
 
 from mixtral_jax import sharding
 from mixtral_jax.analysis import generation_report
+from mixtral_jax.analysis.gpus import get_devices
 from mixtral_jax.analysis.prices import compile_step
 from mixtral_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig
 from mixtral_jax.kernels import few_rows
 from mixtral_jax.training.step import kernels_of_step
 
-CHIP = pathlib.Path(__file__).parents[1] / "data" / "h200.txtpb"
 CUDNN = any(d.name.startswith("nvidia-cudnn") for d in metadata.distributions())
 MODEL = ModelConfig(
     vocab_size=640,
@@ -40,12 +39,10 @@ def gpus(monkeypatch):
     """Some H200s of one host, by their number."""
     package = "jax_cuda13_plugin"
     pytest.importorskip(package, reason=f"{package} is not installed: no program for GPU")
-    from jax.experimental import topologies
     from jax.extend import backend
 
     def make(number):
-        described = {"topology": f"1x{number}x1", "target_config": CHIP.read_text()}
-        devices = topologies.get_topology_desc("", platform="cuda", **described).devices
+        devices = get_devices("h200", number)
         # By it tokamax knows what it is about to compile for.
         monkeypatch.setattr(backend, "get_default_device", lambda: devices[0])
         return devices
