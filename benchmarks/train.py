@@ -9,13 +9,14 @@ time (route, exchange, experts, combine, attention, head, optimizer, other), fro
 more steps (--profile 0 for none). Shares are of the time that the operations of all devices took
 together, without waiting for each other. On emulated devices, which share the machine's cores, it
 includes waiting for a core.
+On GPU what stands in a CUDA graph and is a library's kernel or one of Pallas counts as unattributed
+(--operations names them).
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import pathlib
 import re
 import tempfile
@@ -23,7 +24,8 @@ import tempfile
 import measure
 import ours
 
-SCOPES = ("route", "exchange", "experts", "combine", "attention", "head", "optimizer")
+UNATTRIBUTED = "unattributed"
+SCOPES = ("route", "exchange", "experts", "combine", "attention", "head", "optimizer", UNATTRIBUTED)
 CONTAINERS = ("while", "call", "conditional")  # their bodies' operations are events too
 
 
@@ -39,20 +41,26 @@ def operation_times(trace: pathlib.Path, hlo: str) -> collections.Counter[tuple[
 
     pattern = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', re.MULTILINE)
     names, spent = dict(pattern.findall(hlo)), collections.Counter()
+    kernels = {re.sub(r"[.-]", "_", name): name for name in names} | {name: name for name in names}
     for file in trace.rglob("*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+            on_gpu = plane.name.startswith("/device:GPU")
             for event in (event for line in plane.lines for event in line.events):
-                name = instruction_of(event, names)
-                if name and not name.startswith(CONTAINERS):
-                    spent[name, names[name]] += event.duration_ns
+                name = kernel_of(event, kernels) if on_gpu else event.name
+                if (name in names or on_gpu) and not name.startswith(CONTAINERS):
+                    spent[name, names.get(name, UNATTRIBUTED)] += event.duration_ns
     return spent
 
 
-def instruction_of(event, names: dict[str, str]) -> str | None:
-    """Which of these an event of a trace is; on GPU a kernel's event has another name."""
-    if event.name in names:
-        return event.name
-    return next((v for k, v in event.stats if k == "hlo_op" and v in names), None)
+def kernel_of(event, kernels: dict[str, str]) -> str:
+    """The instruction that a GPU's kernel is of, if its event tells, or else the kernel's name.
+
+    Args:
+      kernels: instructions by their names, and by those of the kernels that XLA makes for them. An
+        event names the instruction outside of CUDA graphs alone.
+    """
+    told = (kernels[v] for k, v in event.stats if k == "hlo_op" and v in kernels)
+    return next(told, kernels.get(event.name, event.name))
 
 
 def show_shares(arguments: argparse.Namespace, spent: collections.Counter[tuple[str, str]]) -> None:
@@ -68,13 +76,11 @@ def show_shares(arguments: argparse.Namespace, spent: collections.Counter[tuple[
         measure.show("train operations", {**line, **found})
 
 
-def profile(
-    training: ours.Training, steps: int, kept: str | None
-) -> collections.Counter[tuple[str, str]]:
-    """operation_times of a few steps, whose trace may be kept in a folder."""
+def profile(training: ours.Training, steps: int) -> collections.Counter[tuple[str, str]]:
+    """operation_times of a few steps."""
     import jax
 
-    with contextlib.nullcontext(kept) if kept else tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(steps):
                 training.step()
@@ -86,7 +92,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--steps", type=measure.positive, default=20)
     parser.add_argument("--profile", type=int, default=3, help="steps to profile")
-    parser.add_argument("--trace", help="folder to keep the profile in, for XProf")
     parser.add_argument("--operations", type=int, default=0, help="print the longest ones too")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
@@ -103,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     measure.show("train", line)
     if arguments.profile:
-        spent = profile(training, arguments.profile, arguments.trace)
+        spent = profile(training, arguments.profile)
         show_shares(arguments, spent)
 
 

@@ -32,6 +32,8 @@ def memory_of(compile: Callable[[], jax.stages.Compiled], arguments: Any, limit:
             raise InputError(
                 "cuDNN is not installed: pip install -r requirements-gpu.txt, or use xla"
             ) from None
+        if not isinstance(error, jax.errors.JaxRuntimeError):
+            raise
         if "RESOURCE_EXHAUSTED" not in str(error):
             reason = str(error).splitlines()[0]
             raise InputError(

@@ -1,6 +1,10 @@
 """Arrays in, arrays out: no modules, no config. Each kernel picks its platform's best body."""
 
 import jax
+import jax.numpy as jnp
+
+NARROW = (jnp.bfloat16, jnp.float16)
+"""What the matrix units of GPUs multiply at full speed."""
 
 
 def platform() -> str:

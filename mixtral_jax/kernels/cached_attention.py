@@ -129,7 +129,7 @@ def attention(q_BLKGH: jax.Array, cache: Cached, positions_BL: jax.Array, where:
     batch, length, heads, groups, width = q_BLKGH.shape
     q_BKQH = q_BLKGH.transpose(0, 2, 3, 1, 4).reshape(batch, heads, groups * length, width)
     q_BKQH = (q_BKQH * width**-0.5).astype(q_BLKGH.dtype)
-    if where == Where(None, None) and few_queries.fits(q_BLKGH, cache.k_BKSH):
+    if where.layer is None and where.row is None and few_queries.fits(q_BLKGH, cache.k_BKSH):
         out_BKGH = few_queries.attention(q_BKQH, cache.k_BKSH, cache.v_BKSH, positions_BL[:, 0])
         return out_BKGH[:, None]
     positions_BQ = jnp.tile(positions_BL, (1, groups))

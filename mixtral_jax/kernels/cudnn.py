@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mixtral_jax.kernels import NARROW
+
 WIDEST_HEAD = 128
 FORWARD = "dot_product_attention_fwd"
 """How the name of the kernel's primitive begins."""
@@ -23,7 +25,7 @@ FORWARD = "dot_product_attention_fwd"
 
 def fits(length: int, head: int, dtype: jnp.dtype) -> bool:
     """Whether the kernels take sequences of this length, and heads of this width and type."""
-    narrow = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    narrow = jnp.dtype(dtype) in NARROW
     return narrow and length % 2 == 0 and head % 8 == 0 and head <= WIDEST_HEAD
 
 

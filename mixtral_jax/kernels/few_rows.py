@@ -20,7 +20,7 @@ try:
 except ImportError:  # JAX has announced that it will go
     triton = None
 
-from mixtral_jax.kernels import platform
+from mixtral_jax.kernels import NARROW, platform
 
 MOST = 32
 """Rows at most."""
@@ -28,9 +28,7 @@ LEAST = 16
 """Rows of a product on tensor cores at least: those that are missing are zeros."""
 ALIGNED = 64
 """The matrices' dimensions are multiples of it."""
-
-
-TYPES = (jnp.bfloat16, jnp.float16)
+TYPES = NARROW
 
 
 class Tiles(NamedTuple):

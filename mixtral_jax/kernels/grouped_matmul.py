@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mixtral_jax.kernels import check_body, device_kind, megablox, platform, vary_like
+from mixtral_jax.kernels import NARROW, check_body, device_kind, megablox, platform, vary_like
 from mixtral_jax.kernels.blocks import blocks
 
 PLATFORMS = {
@@ -84,7 +84,7 @@ def resolve(implementation: str | None, width: int, hidden: int, dtype: jnp.dtyp
 
 
 def _fits_hopper(width: int, hidden: int, dtype: jnp.dtype) -> bool:
-    narrow = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    narrow = jnp.dtype(dtype) in NARROW
     aligned = width % TILE == hidden % TILE == 0
     return narrow and aligned and HOPPER.search(device_kind()) is not None
 

@@ -25,20 +25,12 @@ ROWS = 128
 DEPTH = 64
 """Of a tile of an operand, and rows and columns of what is stored at a time: 128 bytes, which is as
 wide as shared memory is swizzled."""
+STAGES = 4
+"""Tiles of each operand in shared memory."""
+WIDE = 8
+"""Tiles of rows that are worked on side by side: what they share stays in the L2 cache."""
 COMPUTE = 2  # warpgroups that multiply
 MULTIPROCESSORS = 132
-
-
-class Plan(NamedTuple):
-    """How a kernel goes about it."""
-
-    stages: int = 4
-    """Tiles of each operand in shared memory."""
-    wide: int = 8
-    """Tiles of rows that are worked on side by side: what they share stays in the L2 cache."""
-
-
-PLAN = Plan()
 
 
 class Blocks(NamedTuple):
@@ -76,7 +68,7 @@ def blocks_of(sizes_E: jax.Array, rows: int) -> Blocks:
 
 
 def rows_times_matrix(
-    x_RD: jax.Array, w: jax.Array, sizes_E: jax.Array, transposed: bool, plan: Plan = PLAN
+    x_RD: jax.Array, w: jax.Array, sizes_E: jax.Array, transposed: bool
 ) -> jax.Array:
     """out_RF; w is [E, D, F], or [E, F, D] if transposed. Rows of no expert come out as anything.
 
@@ -84,15 +76,15 @@ def rows_times_matrix(
       x_RD: R is a multiple of ROWS, D and F are multiples of 128.
     """
     rows, hidden = x_RD.shape[0], w.shape[1 if transposed else 2]
-    kernel = partial(_rows_times_matrix, transposed=transposed, plan=plan)
+    kernel = partial(_rows_times_matrix, transposed=transposed)
     launch = _launch("rows_times_matrix", kernel, (rows, hidden), x_RD.dtype)
     out_RF = launch(*blocks_of(sizes_E, rows), x_RD, w)
-    # Or XLA has a second call of the kernel write into the stack of what a scan keeps.
+    # Or XLA (JAX 0.11) has a second call of the kernel write into the stack of what a scan keeps.
     return lax.optimization_barrier(out_RF)
 
 
 def _rows_times_matrix(
-    expert_T, block_T, first_T, count_T, x_RD, w, out_RF, *, transposed: bool, plan: Plan
+    expert_T, block_T, first_T, count_T, x_RD, w, out_RF, *, transposed: bool
 ) -> None:
     hidden = out_RF.shape[1]
     columns = 128 if hidden % 256 == 0 else 64  # of each warpgroup
@@ -101,7 +93,7 @@ def _rows_times_matrix(
     turned = ((across, DEPTH), lambda step: (0, step))
     straight = ((DEPTH, across), lambda step: (step, 0))
     specs = (((ROWS, DEPTH), lambda step: (0, step)), turned if transposed else straight)
-    pipeline = partial(_pipeline, x_RD.shape[1] // DEPTH, specs, plan)
+    pipeline = partial(_pipeline, x_RD.shape[1] // DEPTH, specs)
 
     def body(operands, out_smem):
         me = lax.axis_index("wg")
@@ -117,7 +109,7 @@ def _rows_times_matrix(
 
         @plgpu.nd_loop((tiles[0] * tiles[1],), collective_axes="sm")
         def _(loop):
-            tile, column = plgpu.planar_snake(loop.index[0], tiles, 0, plan.wide)
+            tile, column = plgpu.planar_snake(loop.index[0], tiles, 0, WIDE)
             start, first, count = block_T[tile] * ROWS, first_T[tile], count_T[tile]
 
             def copy(part_smem, row, part):
@@ -154,9 +146,7 @@ def _copy_rows(part_smem, out, low, high) -> None:
 # ---- rows times rows ---------------------------------------------------------------------------
 
 
-def rows_times_rows(
-    x_RD: jax.Array, g_RF: jax.Array, sizes_E: jax.Array, plan: Plan = PLAN
-) -> jax.Array:
+def rows_times_rows(x_RD: jax.Array, g_RF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """out_EDF: of each expert, the sum over its rows of x[r, :, None] * g[r, None, :].
 
     Rows of no expert may hold anything in x, but must be finite in g. Sizes as above.
@@ -164,13 +154,12 @@ def rows_times_rows(
     ends_E = jnp.cumsum(sizes_E).astype(jnp.int32)
     starts_E = ends_E - sizes_E.astype(jnp.int32)
     shape = (sizes_E.shape[0], x_RD.shape[1], g_RF.shape[1])
-    kernel = partial(_rows_times_rows, plan=plan)
-    launch = _launch("rows_times_rows", kernel, shape, x_RD.dtype)
+    launch = _launch("rows_times_rows", _rows_times_rows, shape, x_RD.dtype)
     out_EDF = launch(starts_E, ends_E, x_RD, g_RF)
     return jnp.where(sizes_E[:, None, None] > 0, out_EDF, 0)
 
 
-def _rows_times_rows(start_E, end_E, x_RD, g_RF, out_EDF, *, plan: Plan) -> None:
+def _rows_times_rows(start_E, end_E, x_RD, g_RF, out_EDF) -> None:
     experts, width, hidden = out_EDF.shape
     tall = 128 if width % 256 == 0 else 64  # of each warpgroup
     both, across = COMPUTE * tall, 128
@@ -181,7 +170,7 @@ def _rows_times_rows(start_E, end_E, x_RD, g_RF, out_EDF, *, plan: Plan) -> None
             ((DEPTH, both), lambda step: (block + step, 0)),
             ((DEPTH, across), lambda step: (block + step, 0)),
         )
-        return _pipeline(steps, specs, plan, *does)
+        return _pipeline(steps, specs, *does)
 
     def body(operands, out_smem):
         me = lax.axis_index("wg")
@@ -190,7 +179,7 @@ def _rows_times_rows(start_E, end_E, x_RD, g_RF, out_EDF, *, plan: Plan) -> None
         @plgpu.nd_loop((experts, tiles[0] * tiles[1]), collective_axes="sm")
         def _(loop):
             expert = loop.index[0]
-            row, column = plgpu.planar_snake(loop.index[1], tiles, 0, plan.wide)
+            row, column = plgpu.planar_snake(loop.index[1], tiles, 0, WIDE)
             start, end = start_E[expert], end_E[expert]
             block = start // DEPTH
 
@@ -249,7 +238,7 @@ def _layout(rows: int):
     return (plgpu.TilingTransform((rows, DEPTH)), plgpu.SwizzleTransform(128))
 
 
-def _pipeline(steps, specs, plan: Plan, multiply, store):
+def _pipeline(steps, specs, multiply, store):
     """One warpgroup loads what `specs` (shape, place of a step) say; two do `store`.
 
     Args:
@@ -264,7 +253,7 @@ def _pipeline(steps, specs, plan: Plan, multiply, store):
         in_specs=[spec(*one) for one in specs],
         wg_axis="wg",
         num_compute_wgs=COMPUTE,
-        max_concurrent_steps=plan.stages,
+        max_concurrent_steps=STAGES,
         compute_context=store,
     )
 

@@ -217,6 +217,19 @@ def test_the_compilers_figure_is_read(message, wanted):
     assert memory.needed_bytes(message) == wanted
 
 
+def test_without_cudnn_the_message_says_what_to_do_and_other_mistakes_are_not_hidden():
+    def fails(message):
+        def compile():
+            raise RuntimeError(message)
+
+        return compile
+
+    with pytest.raises(InputError, match=r"^cuDNN is not installed: pip install .*or use xla$"):
+        memory.memory_of(fails("cuDNN not found."), {}, 1)
+    with pytest.raises(RuntimeError, match=r"^a mistake of ours$"):
+        memory.memory_of(fails("a mistake of ours"), {}, 1)
+
+
 def test_what_the_compiler_refuses_is_one_line():
     def refused():
         raise jax.errors.JaxRuntimeError("INTERNAL: Ragged all-to-all is not supported\nat 0x12")

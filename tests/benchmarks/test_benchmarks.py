@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pathlib
 import sys
+import types
 
 import pytest
 
@@ -12,6 +13,14 @@ from mixtral_jax.config import InputError
 
 FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
 ABOUT = {"benchmark", "machine", "versions", "date"}
+
+
+def loaded(name):
+    """A benchmark's module; the folder must be where modules are looked for."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
@@ -26,10 +35,7 @@ def command(monkeypatch, capsys):
     monkeypatch.setattr(measure, "PRODUCT_SIZE", {"cpu": 64})
 
     def run(name, *arguments):
-        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.main(list(arguments))
+        loaded(name).main(list(arguments))
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert lines
         for line in lines:
@@ -325,6 +331,22 @@ def test_what_is_no_line_of_a_benchmark_is_named(monkeypatch, text, words):
     with pytest.raises(InputError) as error:
         table_of(monkeypatch, text)
     assert all(word in str(error.value) for word in words)
+
+
+def test_a_gpus_kernels_are_their_instructions_or_nobodys(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    train = loaded("train")
+    kernels = {"loop_add.2": "loop_add.2", "loop_add_2": "loop_add.2", "dot.1": "dot.1"}
+
+    def kernel(name, hlo_op):
+        event = types.SimpleNamespace(name=name, stats=[("grid", 1), ("hlo_op", hlo_op)])
+        return train.kernel_of(event, kernels)
+
+    assert kernel("nvjet_sm90", "dot.1") == "dot.1"
+    assert kernel("loop_add_2", "command_buffer_1") == "loop_add.2"
+    assert kernel("nvjet_sm90", "command_buffer_1") == "nvjet_sm90"
+    assert train.scope_of(train.UNATTRIBUTED) == "unattributed"
+    assert train.scope_of("jit(step)/moe/experts/mul") == "experts"
 
 
 def test_importing_measure_starts_no_jax():

@@ -43,6 +43,13 @@ def test_gradients():
     oracle.close(pull(gs), wanted, rel=2e-6)
 
 
+def test_without_pallas_way_to_triton_there_are_none(monkeypatch):
+    monkeypatch.setattr(few_rows, "platform", lambda: "gpu")
+    assert few_rows.fits(1, jnp.bfloat16, 64)
+    monkeypatch.setattr(few_rows, "triton", None)
+    assert not few_rows.fits(1, jnp.bfloat16, 64)
+
+
 @pytest.mark.gpu
 def test_a_result_has_the_type_of_the_rows():
     x_RD, matrices = operands(2)

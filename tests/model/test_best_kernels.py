@@ -64,3 +64,31 @@ def test_loss_and_gradients(packed, changes):
     errors = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b), found, wanted)
     # bfloat16, and some tokens for which two experts are as good; a wrong kernel gives about 1.
     assert max(jax.tree.leaves(errors)) < 0.15, errors
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_without_a_loop_layers_keep_their_matrices_in_the_type_they_are_multiplied_in(scan_layers):
+    config = ModelConfig(**SIZES, remat="full", scan_layers=scan_layers)
+    with jax.set_mesh(sharding.make_mesh()):
+        graphdef, parameters = abstract_state(config)
+        gradient = jax.grad(lambda *a: loss_of(graphdef, *a)[0])
+        made = jax.make_jaxpr(gradient)(parameters, *batch(packed=False))
+    again = [
+        e for e in _equations(made.jaxpr) if e.primitive.name.startswith(("remat", "checkpoint"))
+    ]
+    experts = [v.aval for e in again for v in e.invars if v.aval.shape[-3:] == (8, 256, 384)]
+    wide = {a.dtype.name for a in experts}
+    assert wide == ({"float32"} if scan_layers else {"bfloat16"})
+
+
+def _equations(jaxpr):
+    """All of a jaxpr, and of those inside."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_holds_equations):
+            if _holds_equations(value):
+                yield from _equations(value)
+
+
+def _holds_equations(value):
+    return hasattr(value, "eqns")  # a Jaxpr's, or a ClosedJaxpr's

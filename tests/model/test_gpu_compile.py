@@ -93,4 +93,5 @@ def test_decoding_copies_no_matrix(gpus, sequences, triton, mosaic):
     if not mosaic:  # caches are written to where they lie
         assert not re.search(r"= bf16\[\d+,2,\d{3,},128\]\S* (copy|fusion)\(", compiled.as_text())
     one_layer = 2 * 3 * 8 * 512 * 2048
-    assert compiled.memory_analysis().temp_size_in_bytes < one_layer / 4
+    room = 4 if sequences == few_rows.MOST else 8  # for that many, parts of sums take more
+    assert compiled.memory_analysis().temp_size_in_bytes < one_layer / room
