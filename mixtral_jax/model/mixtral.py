@@ -229,17 +229,16 @@ class Mixtral(nnx.Module):
             x_BLD, statistics, here = block(x_BLD, positions_BL, segments_BL, here)
             return (x_BLD, here.cache if cached else None), statistics
 
+        looped, layers = self.config.scan_layers, self.config.num_hidden_layers
         if self.config.remat != "none":
-            one_layer = jax.checkpoint(
-                one_layer, policy=REMAT[self.config.remat], prevent_cse=not self.config.scan_layers
-            )
-        layers = self.config.num_hidden_layers
-        unroll = 1 if self.config.scan_layers else layers
-        if unroll > 1 and self.config.remat != "none":
-            stacked = _in_type(stacked, x_BLD.dtype)
+            policy = REMAT[self.config.remat]
+            barrier = False if looped else _barrier()
+            one_layer = jax.checkpoint(one_layer, policy=policy, prevent_cse=barrier)
+            if not looped:
+                stacked = _in_type(stacked, x_BLD.dtype)
         numbers = jnp.arange(layers) if cached else None
         (x_BLD, cache), statistics = jax.lax.scan(
-            one_layer, (x_BLD, step.cache), (stacked, numbers), unroll=unroll
+            one_layer, (x_BLD, step.cache), (stacked, numbers), unroll=1 if looped else layers
         )
         return x_BLD, statistics, cache
 
@@ -260,6 +259,19 @@ class Mixtral(nnx.Module):
             statistics.append(sums)
             written.append(cache)
         return x_BLD, jax.tree.map(lambda *sums: jnp.stack(sums), *statistics), tuple(written)
+
+
+def _barrier() -> bool | tuple[tuple[bool, bool], bool]:
+    """What of a layer's (carry, parameters) is to be behind a barrier, so that XLA does not keep
+    what is to be computed again.
+
+    Not the parameters on a GPU that gathers none: its kernels read them where they lie in their
+    stack, and a barrier would copy them out. (A part of the arguments, as JAX 0.12 still has it,
+    works only where nothing in a layer is a constant array, as the mask of splash attention is.)
+    """
+    if platform() != "gpu" or sharding.in_use(sharding.FSDP):
+        return True
+    return (True, True), False
 
 
 def _in_type(layers: nnx.State, dtype: jnp.dtype) -> nnx.State:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mixtral_jax.kernels import platform
+
 
 class Routing(NamedTuple):
     """One layer's choices for the tokens on this device."""
@@ -43,15 +45,43 @@ def route(x_TD: jax.Array, w_DE: jax.Array, real_T: jax.Array, per_token: int) -
       w_DE: the router matrix.
       per_token: experts a token visits (C).
     """
-    logits_TE = jnp.einsum(
-        "TD,DE->TE",
-        x_TD.astype(jnp.float32),
-        w_DE.astype(jnp.float32),
-        precision=jax.lax.Precision.HIGHEST,
-    )
+    narrow = x_TD.dtype == jnp.bfloat16 and platform() == "gpu"
+    product = product_of_bfloat16 if narrow else product_of_float32
+    logits_TE = product(x_TD, w_DE.astype(jnp.float32))
     chosen_TC, ids_TC = jax.lax.top_k(logits_TE, per_token)
     ids_TC = jnp.where(real_T[:, None], ids_TC, logits_TE.shape[1])
     return routing_of(logits_TE, ids_TC, jax.nn.softmax(chosen_TC, axis=-1))
+
+
+def product_of_float32(x_TD: jax.Array, w_DE: jax.Array) -> jax.Array:
+    """In float32, whatever comes in."""
+    x_TD, w_DE = x_TD.astype(jnp.float32), w_DE.astype(jnp.float32)
+    return jnp.einsum("TD,DE->TE", x_TD, w_DE, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.custom_jvp
+def product_of_bfloat16(x_TD: jax.Array, w_DE: jax.Array) -> jax.Array:
+    """The same of bfloat16 and float32, on matrix units: they multiply bfloat16 and add in float32.
+
+    A float32 is the sum of three bfloat16, side by side here in one product. XLA for GPU would
+    multiply float32 outside of the matrix units (docs/performance.md); for TPU it does as here.
+    """
+    parts, rest_DE = [], w_DE
+    for _ in range(3):
+        part_DE = jax.lax.reduce_precision(rest_DE, exponent_bits=8, mantissa_bits=7)
+        rest_DE = rest_DE - part_DE
+        parts.append(part_DE.astype(jnp.bfloat16))
+    parts_DPE = jnp.stack(parts, axis=1)
+    float32 = {"preferred_element_type": jnp.float32}
+    return jnp.einsum("TD,DPE->TPE", x_TD, parts_DPE, **float32).sum(axis=1)
+
+
+@product_of_bfloat16.defjvp
+def _product_jvp(primals, tangents):
+    (x_TD, w_DE), (dx_TD, dw_DE) = primals, tangents
+    return product_of_bfloat16(x_TD, w_DE), product_of_float32(dx_TD, w_DE) + product_of_float32(
+        x_TD, dw_DE
+    )
 
 
 def routing_of(logits_TE: jax.Array, ids_TC: jax.Array, weights_TC: jax.Array) -> Routing:

@@ -6,6 +6,7 @@ requirements-gpu.txt it wants JAX's two plugins; cuDNN's attention and tokamax o
 
 import dataclasses
 import re
+from collections import Counter
 from importlib import metadata
 
 import jax
@@ -74,6 +75,17 @@ def test_a_training_step(gpus, number, exchange, kernels):
     assert not re.search(r" dot\(.*ragged_dot", program)
     assert ("all-reduce" in program) == (number > 1)
     assert ("ragged-all-to-all" in program) == (number > 1)
+    assert "TD,DPE->TPE" in program  # the router's product, on matrix units
+
+
+def test_layers_computed_again_read_their_matrices_where_they_lie(gpus):
+    changes = {"grouped_matmul": "hopper", "attention": "xla", "param_dtype": "float32"}
+    model = dataclasses.replace(MODEL, **changes, remat="matmuls", scan_layers=False)
+    training = TrainingConfig(batch_size=2, sequence_length=256)
+    mesh = sharding.make_mesh(devices=gpus(1))
+    program = compile_step(Config(model=model, training=training), mesh).as_text()
+    made = Counter(re.findall(r"= (bf16\[[\d,]*,(?:256,384|384,256)\])\S* fusion\(", program))
+    assert made == {"bf16[2,8,256,384]": 2, "bf16[2,8,384,256]": 1}  # stacks: gate and up; down
 
 
 @pytest.mark.parametrize(

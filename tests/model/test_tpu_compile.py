@@ -1,5 +1,6 @@
 """Programs for TPU slices, compiled on a machine that has none."""
 
+import dataclasses
 import re
 
 import jax
@@ -9,7 +10,8 @@ from flax import nnx
 from harness import abstract, describe, shapes
 
 from mixtral_jax import sharding
-from mixtral_jax.config import ModelConfig
+from mixtral_jax.analysis.prices import compile_step
+from mixtral_jax.config import Config, ModelConfig, TrainingConfig
 from mixtral_jax.kernels import platform
 from mixtral_jax.model.mixtral import abstract_state, chosen_kernels
 from mixtral_jax.model.moe import MoE
@@ -118,3 +120,17 @@ def test_loss_and_gradient_of_a_whole_model_compile(devices, sizes):
     kept = sum(a.size * 4 for a in jax.tree.leaves(state))
     arguments = compiled.memory_analysis().argument_size_in_bytes
     assert arguments < kept / 3, "each device holds its part of the weights"
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_layer_computed_again_gathers_its_experts_again(devices, scan_layers):
+    """Or the backward pass would find those of all layers kept, whole."""
+    mesh = sharding.make_mesh(fsdp=8, devices=devices)
+    training = TrainingConfig(batch_size=8, sequence_length=128)
+
+    def gathered(remat):
+        model = dataclasses.replace(CONFIG, remat=remat, scan_layers=scan_layers)
+        program = compile_step(Config(model=model, training=training), mesh).as_text()
+        return len(re.findall(r"= bf16\[(?:1,)?8,(?:256,384|384,256)\]\S* all-gather", program))
+
+    assert gathered("full") == 2 * gathered("none") > 0
