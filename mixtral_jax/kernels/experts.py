@@ -23,9 +23,10 @@ def experts(
 ) -> jax.Array:
     """out[r] = down(silu(gate x[r]) * (up x[r])) with the matrices of row r's expert.
 
-    Arguments as for grouped_matmul: rows past sum(group_sizes) come out as zeros. What the
-    backward pass may keep is named `expert_gate` and `expert_up`. The matrices may be of another
-    type for `blocks`, which converts one at a time and gives gradients in that type.
+    Arguments as for grouped_matmul, but rows past sum(group_sizes) come out as anything: whoever
+    takes rows from here knows which are in use. What the backward pass may keep is named
+    `expert_gate` and `expert_up`. The matrices may be of another type for `blocks`, which converts
+    one at a time and gives gradients in that type.
 
     Args:
       gathered: whether the matrices have been gathered in their model dimension: XLA for TPU then
@@ -37,10 +38,11 @@ def experts(
     body = resolve(implementation, *gate_EDF.shape[1:], x_RD.dtype)
     if body == "blocks":
         return swiglu_blocks(x_RD, gate_EDF, up_EDF, down_EFD, group_sizes_E)
-    product = partial(grouped_matmul, group_sizes_E=group_sizes_E, implementation=implementation)
-    # Rows past the last group only lead to rows past the last group.
-    gate_RF = checkpoint_name(product(x_RD, gate_EDF, zeros=False), "expert_gate")
-    up_RF = checkpoint_name(product(x_RD, up_EDF, zeros=False), "expert_up")
+    product = partial(
+        grouped_matmul, group_sizes_E=group_sizes_E, implementation=implementation, zeros=False
+    )
+    gate_RF = checkpoint_name(product(x_RD, gate_EDF), "expert_gate")
+    up_RF = checkpoint_name(product(x_RD, up_EDF), "expert_up")
     hidden_RF = jax.nn.silu(gate_RF) * up_RF
     if not (gathered and body == "megablox"):
         return product(hidden_RF, down_EFD)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from mixtral_jax import sharding
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.model import moe
 from mixtral_jax.model.moe import MoE, capacity_of
 from mixtral_jax.model.router import RoutingStatistics
 
@@ -210,6 +211,24 @@ def test_padding_is_not_routed():
     again = run(params, other, real_BL, g)
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves((out, statistics, gradients, dx))):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("exchange", ["local", "padded", "ragged"])
+def test_rows_of_no_expert_may_come_out_as_anything(monkeypatch, exchange):
+    """Not one of them is read, in the backward pass either."""
+    original = moe.experts_of
+
+    def with_others(x_RD, *operands, **options):
+        out_RD = original(x_RD, *operands, **options)
+        in_use_R = jnp.arange(x_RD.shape[0]) < operands[-1].sum()
+        return jnp.where(in_use_R[:, None], out_RD, jnp.nan)
+
+    monkeypatch.setattr(moe, "experts_of", with_others)
+    mesh = ONE if exchange == "local" else (1, 1, 4, 1)
+    run = compiled.__wrapped__(mesh, exchange=exchange)
+    for name in ("padding", "all to the last device"):
+        arguments, wanted = case(name)
+        oracle.close(run(*arguments), wanted)
 
 
 # ---- capacity ----------------------------------------------------------------------------------
