@@ -2,13 +2,15 @@
 
 The compiler counts the body of a loop once however often it runs, so a step is priced by programs
 with one and with two layers and no loop over them, and what the second layer adds is multiplied.
-Microbatches are counted likewise: as many steps of one microbatch, which counts the optimizer with
-each of them.
+What a loop copies into stacks of all layers and out of them is priced apart, by two programs that
+have one. Microbatches are counted likewise: as many steps of one microbatch, which counts the
+optimizer with each of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
@@ -45,6 +47,8 @@ class Price(NamedTuple):
     interconnect_seconds: float
     collectives: dict[str, dict[str, float]]
     """By kind: how many, and the bytes that a device sends."""
+    loop_seconds: float = 0.0
+    """What a loop over layers copies, by the compiler's estimate; in nothing above."""
 
     def plus(self, other: Price, times: float = 1.0) -> Price:
         """self + times * other."""
@@ -65,6 +69,7 @@ class Price(NamedTuple):
                 }
                 for kind in kinds
             },
+            self.loop_seconds + times * other.loop_seconds,
         )
 
 
@@ -74,10 +79,14 @@ NOTHING = Price(FREE, FREE, FREE, 0.0, {})
 
 def price(config: Config, mesh: jax.sharding.Mesh, target: topology.Slice) -> Price:
     """What one device does in a step: layers and microbatches counted as often as they run."""
-    once = extrapolate(
-        lambda layers: price_of_layers(config, mesh, target, layers),
-        config.model.num_hidden_layers,
-    )
+    layers = config.model.num_hidden_layers
+    of_layers = functools.cache(functools.partial(price_of_layers, config, mesh, target))
+    once = extrapolate(of_layers, layers)
+    if config.model.scan_layers and layers > 1:
+        # A loop's body counts once, so programs with loops differ by what is done outside of them.
+        two, three = (of_layers(some, looped=True).compiled.seconds for some in (2, 3))
+        copies = two - (three - two) - of_layers(1).compiled.seconds
+        once = once._replace(loop_seconds=layers * max(0.0, copies))
     return NOTHING.plus(once, config.training.gradient_accumulation)
 
 
@@ -90,15 +99,20 @@ def extrapolate(price_of_some: Callable[[int], Price], layers: int) -> Price:
 
 
 def price_of_layers(
-    config: Config, mesh: jax.sharding.Mesh, target: topology.Slice, layers: int
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    target: topology.Slice,
+    layers: int,
+    looped: bool = False,
 ) -> Price:
-    """What one device does for one microbatch of a model with that many layers, none in a loop."""
+    """What one device does for one microbatch of a model with that many layers; of those in a loop
+    the compiler counts one."""
     training = dataclasses.replace(
         config.training,
         batch_size=config.training.batch_size // config.training.gradient_accumulation,
         gradient_accumulation=1,
     )
-    model = dataclasses.replace(config.model, num_hidden_layers=layers, scan_layers=False)
+    model = dataclasses.replace(config.model, num_hidden_layers=layers, scan_layers=looped)
     config = dataclasses.replace(config, model=model, training=training)
     return price_of(
         compile_step(config, mesh, PRICED_WITH), mesh, target, rows_in_use(config, mesh)

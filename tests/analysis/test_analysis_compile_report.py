@@ -19,7 +19,7 @@ KEYS = {
     *("collectives", "compiler_seconds", "interconnect_seconds", "estimated_step_seconds"),
     *("estimated_tokens_per_second_per_chip", "estimated_mfu"),
     *("compiled_flops_expected_rows", "compiler_seconds_expected_rows", "unpriced"),
-    *("arithmetic_seconds", "memory_seconds"),
+    *("arithmetic_seconds", "memory_seconds", "loop_seconds"),
 }
 compiles = pytest.mark.tpu_compile
 
@@ -177,10 +177,11 @@ def test_without_libtpu_the_message_says_what_to_install(config_file, capsys, mo
     assert error.count("\n") == 1
 
 
-def test_microbatches_and_layers_are_counted_as_often_as_they_run(monkeypatch):
-    def made(scale, collectives):
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_microbatches_and_layers_are_counted_as_often_as_they_run(monkeypatch, scan_layers):
+    def made(scale, collectives=None):
         costs = (prices.Cost(10.0 * part + 6.0 * scale, part, 1.0 + scale) for part in (1, 2, 3))
-        return prices.Price(*costs, 0.5 + 0.25 * scale, collectives)
+        return prices.Price(*costs, 0.5 + 0.25 * scale, collectives or {})
 
     of_layers = {
         1: made(0, {"all-reduce": {"count": 3, "bytes": 8.0}}),
@@ -192,16 +193,22 @@ def test_microbatches_and_layers_are_counted_as_often_as_they_run(monkeypatch):
             },
         ),
     }
-    monkeypatch.setattr(prices, "price_of_layers", lambda c, m, t, layers: of_layers[layers])
-    config = make_config(
-        model={"num_hidden_layers": 5}, training={"gradient_accumulation": 2, "batch_size": 8}
-    )
+    looped_ = {2: made(0.625), 3: made(0.75)}  # a layer outside of the loop 0.125 s; inside 0.5
+
+    def price_of_layers(config, mesh, target, layers, looped=False):
+        return (looped_ if looped else of_layers)[layers]
+
+    monkeypatch.setattr(prices, "price_of_layers", price_of_layers)
+    training = {"gradient_accumulation": 2, "batch_size": 8}
+    model = {"num_hidden_layers": 5, "scan_layers": scan_layers}
+    config = make_config(model=model, training=training)
     assert prices.price(config, None, None) == prices.Price(
         (68.0, 2.0, 10.0),
         (88.0, 4.0, 10.0),
         (108.0, 6.0, 10.0),
         3.0,
         {"all-gather": {"count": 8, "bytes": 16.0}, "all-reduce": {"count": 14, "bytes": 32.0}},
+        2 * 5 * 0.5 if scan_layers else 0.0,
     )
 
 
