@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mixtral_jax.kernels import platform
+from mixtral_jax.kernels import platform, vary_like
 
 
 class Routing(NamedTuple):
@@ -45,9 +46,10 @@ def route(x_TD: jax.Array, w_DE: jax.Array, real_T: jax.Array, per_token: int) -
       w_DE: the router matrix.
       per_token: experts a token visits (C).
     """
-    narrow = x_TD.dtype == jnp.bfloat16 and platform() == "gpu"
-    product = product_of_bfloat16 if narrow else product_of_float32
-    logits_TE = product(x_TD, w_DE.astype(jnp.float32))
+    if x_TD.dtype == jnp.bfloat16 and platform() == "gpu":
+        logits_TE = product_of_bfloat16(x_TD, vary_like(w_DE.astype(jnp.float32), x_TD))
+    else:
+        logits_TE = product_of_float32(x_TD, w_DE)
     chosen_TC, ids_TC = jax.lax.top_k(logits_TE, per_token)
     ids_TC = jnp.where(real_T[:, None], ids_TC, logits_TE.shape[1])
     return routing_of(logits_TE, ids_TC, jax.nn.softmax(chosen_TC, axis=-1))
@@ -59,29 +61,43 @@ def product_of_float32(x_TD: jax.Array, w_DE: jax.Array) -> jax.Array:
     return jnp.einsum("TD,DE->TE", x_TD, w_DE, precision=jax.lax.Precision.HIGHEST)
 
 
-@jax.custom_jvp
+@jax.custom_vjp
 def product_of_bfloat16(x_TD: jax.Array, w_DE: jax.Array) -> jax.Array:
     """The same of bfloat16 and float32, on matrix units: they multiply bfloat16 and add in float32.
 
     A float32 is the sum of three bfloat16, side by side here in one product. XLA for GPU would
     multiply float32 outside of the matrix units (docs/performance.md); for TPU it does as here.
     """
-    parts, rest_DE = [], w_DE
+    return _narrow("TD,PDE->PTE", x_TD, jnp.stack(_parts(w_DE))).sum(axis=0)
+
+
+def _forward(x_TD, w_DE):
+    return product_of_bfloat16(x_TD, w_DE), (x_TD, w_DE)
+
+
+def _backward(residuals, g_TE):
+    x_TD, w_DE = residuals
+    # What the three other pairs of parts would add is below float32's precision.
+    pairs = [(i, j) for i in range(3) for j in range(3 - i)]
+    of_g, of_w = _parts(g_TE), _parts(w_DE)
+    g_TPE = jnp.stack([of_g[i] for i, _ in pairs], axis=1)
+    w_DPE = jnp.stack([of_w[j] for _, j in pairs], axis=1)
+    dx_TD = _narrow("TPE,DPE->TD", g_TPE, w_DPE).astype(x_TD.dtype)
+    return dx_TD, _narrow("TD,PTE->PDE", x_TD, jnp.stack(of_g)).sum(axis=0)
+
+
+product_of_bfloat16.defvjp(_forward, _backward)
+_narrow = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _parts(a: jax.Array) -> list[jax.Array]:
+    """Three bfloat16 whose sum is a float32."""
+    parts = []
     for _ in range(3):
-        part_DE = jax.lax.reduce_precision(rest_DE, exponent_bits=8, mantissa_bits=7)
-        rest_DE = rest_DE - part_DE
-        parts.append(part_DE.astype(jnp.bfloat16))
-    parts_DPE = jnp.stack(parts, axis=1)
-    float32 = {"preferred_element_type": jnp.float32}
-    return jnp.einsum("TD,DPE->TPE", x_TD, parts_DPE, **float32).sum(axis=1)
-
-
-@product_of_bfloat16.defjvp
-def _product_jvp(primals, tangents):
-    (x_TD, w_DE), (dx_TD, dw_DE) = primals, tangents
-    return product_of_bfloat16(x_TD, w_DE), product_of_float32(dx_TD, w_DE) + product_of_float32(
-        x_TD, dw_DE
-    )
+        part = jax.lax.reduce_precision(a, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(jnp.bfloat16))
+        a = a - part
+    return parts
 
 
 def routing_of(logits_TE: jax.Array, ids_TC: jax.Array, weights_TC: jax.Array) -> Routing:

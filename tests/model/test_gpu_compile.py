@@ -75,7 +75,7 @@ def test_a_training_step(gpus, number, exchange, kernels):
     assert not re.search(r" dot\(.*ragged_dot", program)
     assert ("all-reduce" in program) == (number > 1)
     assert ("ragged-all-to-all" in program) == (number > 1)
-    assert "TD,DPE->TPE" in program  # the router's product, on matrix units
+    assert "TD,PDE->PTE" in program  # the router's product, on matrix units
 
 
 def test_layers_computed_again_read_their_matrices_where_they_lie(gpus):
