@@ -35,7 +35,10 @@ def check_at_least(section: object, prefix: str, minimum: float, *names: str) ->
 EXCHANGES = ("local", "padded", "ragged")
 ATTENTIONS = ("xla", "splash", "cudnn", "chunks")
 GROUPED_MATMULS = ("megablox", "ragged_dot", "hopper", "tokamax", "blocks")
-REMAT_POLICIES = ("none", "full", "attention_out", "no_experts", "no_up", "no_down", "matmuls")
+REMAT_POLICIES = (
+    *("none", "full", "attention_out", "no_experts", "no_up", "no_down", "matmuls"),
+    "matmuls_rows",
+)
 DTYPES = ("float32", "bfloat16")
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 
@@ -81,9 +84,10 @@ class ModelConfig:
     """Type of the weights and of the optimizer state: float32 or bfloat16."""
     remat: str = "none"
     """What the backward pass recomputes: none keeps everything; matmuls keeps the results of matrix
-    products and of attention, from which no_down, no_up and no_experts leave out the experts' down
-    product, that and the up product, or all three; attention_out keeps what attention adds to the
-    residual stream, full only each layer's input."""
+    products and of attention, and matmuls_rows also the rows that reach the experts; no_down, no_up
+    and no_experts leave out of matmuls the experts' down product, that and the up product, or all
+    three; attention_out keeps what attention adds to the residual stream, full only each layer's
+    input."""
     scan_layers: bool = True
     """Compile one layer and loop over it; false unrolls (slower to compile, sometimes faster)."""
     exchange: str = ""

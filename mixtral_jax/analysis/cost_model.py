@@ -20,12 +20,16 @@ from mixtral_jax.kernels import exchange as exchanges
 from mixtral_jax.kernels import megablox, splash
 from mixtral_jax.model.mixtral import KEPT
 
+EVERYTHING = KEPT["matmuls_rows"]
+"""What `none` keeps of what has a name."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 PASSES = {"tokens": 48, "rows": 20, "hidden": 12, "exchanged": 110, "weights": 6, "logits": 6}
 """How often a layer's training reads or writes a whole array, in memory traffic as the compiler
 prices it: [tokens, D], [rows, D], [rows, F], [rows, D] once more if they are exchanged, and the
 expert matrices if they are gathered; and the whole step [tokens, V]."""
+KEPT_ROWS = {"rows": 4, "exchanged": 6}
+"""How much less often where the rows that reach the experts are kept."""
 
 WORKING = {"rows": 8, "hidden": 6, "weights": 1.3, "logits": 2, "gradients": 2}
 """How many such arrays are live at once beside what is kept; gradients are float32, of all weights.
@@ -137,7 +141,7 @@ def _products(config: Config, sizes: Sizes) -> tuple[float, float]:
 
 def recomputed_products(model: ModelConfig) -> int:
     """Of the experts' three, those that the backward pass computes again."""
-    kept = KEPT.get(model.remat, KEPT["matmuls"])
+    kept = KEPT.get(model.remat, EVERYTHING)
     return sum(name not in kept for name in ("expert_gate", "expert_up", "expert_out"))
 
 
@@ -166,7 +170,7 @@ def _attention_flops(config: Config, sizes: Sizes) -> float:
     if aligned:
         blocks = length / next(block for block in splash.BLOCKS if length % block == 0)
         share = (blocks + 1) / (2 * blocks)
-        kept = splash.KEPT in KEPT.get(model.remat, KEPT["matmuls"])
+        kept = splash.KEPT in KEPT.get(model.remat, EVERYTHING)
         products = 7 + 2 * (not kept)
     heads = model.num_attention_heads * sizes.heads
     one = 2 * sizes.tokens * length * share * heads * model.head_size
@@ -197,10 +201,11 @@ def kept_bytes(config: Config, sizes: Sizes) -> float:
         "expert_gate": sizes.buffer * sizes.hidden * sizes.item,
         "expert_up": sizes.buffer * sizes.hidden * sizes.item,
         "expert_out": sizes.rows * width * sizes.item,
+        "expert_in": sizes.buffer * width * sizes.item,
     }
     layer_input = sizes.tokens * width * sizes.item
     if model.remat == "none":  # also both norms' inputs and outputs, sent rows and the activation
-        more = 4 * sizes.tokens * width * 4 + 2 * sizes.buffer * width * sizes.item
+        more = 4 * sizes.tokens * width * 4 + sizes.buffer * width * sizes.item
         return layer_input + sum(every.values()) + every["expert_up"] + more
     names = every.keys() & set(KEPT[model.remat])  # others are of other platforms' kernels
     return layer_input + sum(every[name] for name in names)
@@ -208,7 +213,7 @@ def kept_bytes(config: Config, sizes: Sizes) -> float:
 
 def _memory(config: Config, sizes: Sizes) -> dict[str, float]:
     model, held = config.model, parameters(config)
-    kept = KEPT.get(model.remat, KEPT["matmuls"])
+    kept = KEPT.get(model.remat, EVERYTHING)
     again_hidden = sum(name not in kept for name in ("expert_gate", "expert_up"))
     again_rows = 2 * ("expert_out" not in kept)
     hidden = sizes.buffer * sizes.hidden * sizes.item * (WORKING["hidden"] + again_hidden)
@@ -228,9 +233,11 @@ def _traffic(config: Config, sizes: Sizes, steps: int) -> float:
     """Bytes that a step moves beside its matrix products."""
     model, mesh = config.model, config.mesh
     row = sizes.buffer * model.hidden_size * sizes.item
+    less = "expert_in" in KEPT.get(model.remat, EVERYTHING)
+    rows, exchanged = (PASSES[what] - KEPT_ROWS[what] * less for what in ("rows", "exchanged"))
     layer = (
         PASSES["tokens"] * sizes.tokens * model.hidden_size * sizes.item
-        + (PASSES["rows"] + PASSES["exchanged"] * sizes.exchanged) * row
+        + (rows + exchanged * sizes.exchanged) * row
         + PASSES["hidden"] * sizes.buffer * sizes.hidden * sizes.item
         + PASSES["weights"] * sizes.matrices * sizes.item * (mesh.fsdp > 1)
     )
@@ -259,7 +266,8 @@ def _interconnect(config: Config, sizes: Sizes, target: SliceName, slices: int) 
     exchange = 0.0
     if sizes.exchanged:
         sent = sizes.rows if model.exchange != "padded" else sizes.buffer
-        times = 5 + (recomputed_products(model) > 0)
+        kept = KEPT.get(model.remat, EVERYTHING)
+        times = 4 + ("expert_in" not in kept) + ("expert_out" not in kept)
         sent *= model.hidden_size * sizes.item
         exchange = times * torus.all_to_all_seconds(sent, links[2], chip)
     times = 4 + 2 * (model.remat != "none")

@@ -22,13 +22,15 @@ from mixtral_jax.model.moe import MoE, exchange_of, grouped_matmul_of
 from mixtral_jax.model.router import RoutingStatistics
 
 _ATTENTION = ("attention_qkv", splash.KEPT, chunks.KEPT, "attention_out", "routing")
+_MATMULS = (*_ATTENTION, "expert_gate", "expert_up", "expert_out")
 KEPT = {
     "full": (),
     "attention_out": ("attention_out",),
     "no_experts": _ATTENTION,
     "no_up": (*_ATTENTION, "expert_gate"),
     "no_down": (*_ATTENTION, "expert_gate", "expert_up"),
-    "matmuls": (*_ATTENTION, "expert_gate", "expert_up", "expert_out"),
+    "matmuls": _MATMULS,
+    "matmuls_rows": (*_MATMULS, "expert_in"),
 }
 """What the backward pass finds kept by each remat policy, beside a layer's input: by its name."""
 

@@ -215,6 +215,7 @@ def _sparse_experts(
         )
         sent_RD = take_rows(x_TD, rows.token_R, rows.row_CT)
         received_RD = exchanges.send(exchange, plan, sent_RD)
+        received_RD = checkpoint_name(received_RD, "expert_in")
 
     with jax.named_scope("experts"):  # 4. SwiGLU over the experts that live here
         if isinstance(gate_edf, int8.Int8):

@@ -42,7 +42,8 @@ SMALL = {
 
 
 @pytest.mark.parametrize(
-    ("remat", "products"), [("full", 3), ("no_up", 2), ("no_down", 1), ("matmuls", 0), ("none", 0)]
+    ("remat", "products"),
+    [("full", 3), ("no_up", 2), ("no_down", 1), ("matmuls", 0), ("matmuls_rows", 0), ("none", 0)],
 )
 def test_flops_are_the_models_and_what_is_recomputed(remat, products):
     config = make_config({"fsdp": 2, "expert": 2}, 8, 7, remat=remat, **SMALL)
@@ -159,3 +160,17 @@ def test_seconds_of_gathers_and_exchanges():
     assert staged == pytest.approx(4 * 3 / 4 / 200 + 64 * 15 / 16 / 400)
     assert torus.all_to_all_seconds(64e9, ring, chip) == pytest.approx(64 / 2 / 100)
     assert torus.network_seconds(50e9, 2, chip) == pytest.approx(8)
+
+
+def test_rows_that_are_kept_are_not_exchanged_again():
+    again, kept = (
+        cost_model.estimate(
+            make_config({"fsdp": 8, "expert": 8}, 64, remat=remat, receive_factor=1.0),
+            chips.parse("v5p:4x4x4"),
+        )
+        for remat in ("matmuls", "matmuls_rows")
+    )
+    rows = 32 * 2 * 4096 * 4096 * 2  # a device's, of all layers
+    assert kept.bytes["kept"] - again.bytes["kept"] == pytest.approx(rows)
+    assert kept.seconds["memory"] < again.seconds["memory"]
+    assert kept.seconds["interconnect"] < again.seconds["interconnect"]

@@ -78,10 +78,10 @@ def moved_experts(program, shards):
     ]
 
 
-def program_of(sizes):
+def program_of(sizes, **changes):
     """The loss and its gradient, compiled for a mesh."""
     mesh = sharding.make_mesh(*sizes)
-    config = make_config(intermediate_size=HIDDEN, num_local_experts=EXPERTS)
+    config = make_config(intermediate_size=HIDDEN, num_local_experts=EXPERTS, **changes)
     graphdef, state = abstract_state(config)
     step = jax.value_and_grad(functools.partial(loss_of, graphdef), has_aux=True)
     with jax.set_mesh(mesh):
@@ -104,6 +104,15 @@ def test_rows_travel_to_the_experts_and_never_the_reverse(optimized, sizes):
     gathered = [s for kind, s in collectives(program) if kind == "all-gather" and HIDDEN in s]
     if sizes[1] > 1:
         assert gathered, "the matrices of the experts that live here are gathered over fsdp"
+
+
+@pytest.mark.parametrize(
+    ("remat", "again"), [("none", 0), ("matmuls_rows", 0), ("matmuls", 1), ("full", 2)]
+)
+def test_what_is_kept_does_not_travel_again(optimized, remat, again):
+    program = program_of((1, 1, 4, 1), remat=remat)
+    moved = [shape for kind, shape in collectives(program) if kind == "all-to-all"]
+    assert sum(shape[-1] == WIDTH for shape in moved) == 4 * (4 + again)  # a part for each device
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 4, 1), (1, 2, 2, 1)], ids=describe)

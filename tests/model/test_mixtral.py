@@ -119,6 +119,7 @@ def test_the_future_changes_nothing():
         ("no_down", ONE),
         ("no_up", (1, 1, 2, 1)),
         ("no_experts", (1, 1, 2, 2)),
+        ("matmuls_rows", (1, 1, 2, 1)),
     ],
     ids=str,
 )
