@@ -16,6 +16,7 @@ run() {
 run python benchmarks/peers.py train --config configs/mixtral_h200.yaml --alone --steps 5 \
     --only mixtral_jax "transformers bfloat16" "dense products"
 run python benchmarks/train.py --config configs/mixtral_h200.yaml --steps 10 --operations 20
+run python benchmarks/train.py --config configs/mixtral_h200.yaml --steps 10 training.batch_size=12 model.remat=matmuls
 
 # Decoding.
 for batch in 1 64; do
