@@ -102,7 +102,7 @@ def _rows_times_matrix(
         def multiply(_, x_smem, w_smem, sum_ref):
             w_mine = w_smem.at[:, mine]
             if transposed:
-                w_mine = plgpu.transpose_ref(w_smem.at[mine, :], (1, 0))
+                w_mine = w_smem.at[mine, :].transpose((1, 0))
             plgpu.wgmma(sum_ref, x_smem, w_mine)
             plgpu.wgmma_wait(0)
             return sum_ref
@@ -186,7 +186,7 @@ def _rows_times_rows(start_E, end_E, x_RD, g_RF, out_EDF) -> None:
             def multiply(index, x_smem, g_smem, sum_ref):
                 x_mine, first = x_smem.at[:, mine], (block + index[0]) * DEPTH
                 _clear_others(x_mine, start - first, end - first)
-                plgpu.wgmma(sum_ref, plgpu.transpose_ref(x_mine, (1, 0)), g_smem)
+                plgpu.wgmma(sum_ref, x_mine.transpose((1, 0)), g_smem)
                 plgpu.wgmma_wait(0)
                 return sum_ref
 
