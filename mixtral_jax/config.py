@@ -83,11 +83,10 @@ class ModelConfig:
     param_dtype: str = "float32"
     """Type of the weights and of the optimizer state: float32 or bfloat16."""
     remat: str = "none"
-    """What the backward pass recomputes: none keeps everything; matmuls keeps the results of matrix
-    products and of attention, and matmuls_rows also the rows that reach the experts; no_down, no_up
-    and no_experts leave out of matmuls the experts' down product, that and the up product, or all
-    three; attention_out keeps what attention adds to the residual stream, full only each layer's
-    input."""
+    """What the backward pass recomputes: none keeps everything, full only each layer's input;
+    matmuls keeps the results of matrix products and of attention, matmuls_rows also the rows that
+    reach the experts; no_down, no_up and no_experts keep less than matmuls by the experts' down
+    product, that and up, or all three; attention_out what attention adds to the residual stream."""
     scan_layers: bool = True
     """Compile one layer and loop over it; false unrolls (slower to compile, sometimes faster)."""
     exchange: str = ""

@@ -18,7 +18,7 @@ from mixtral_jax.analysis.custom_calls import ATTENTION_UTILISATION
 from mixtral_jax.config import Config, ModelConfig
 from mixtral_jax.kernels import exchange as exchanges
 from mixtral_jax.kernels import megablox, splash
-from mixtral_jax.model.mixtral import KEPT
+from mixtral_jax.model.remat import KEPT
 
 EVERYTHING = KEPT["matmuls_rows"]
 """What `none` keeps of what has a name."""

@@ -11,39 +11,15 @@ from flax import nnx
 
 from mixtral_jax import sharding
 from mixtral_jax.config import InputError, ModelConfig
-from mixtral_jax.kernels import chunks, cudnn, platform, splash
+from mixtral_jax.kernels import platform
 from mixtral_jax.kernels.attention import resolve
-from mixtral_jax.model import decoding
+from mixtral_jax.model import decoding, remat
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.cache import Cached, Step, make_cache
 from mixtral_jax.model.int8 import Int8, columns
 from mixtral_jax.model.layers import RMSNorm, logits_of, logits_of_transposed, matrix
 from mixtral_jax.model.moe import MoE, exchange_of, grouped_matmul_of
 from mixtral_jax.model.router import RoutingStatistics
-
-_ATTENTION = ("attention_qkv", splash.KEPT, chunks.KEPT, "attention_out", "routing")
-_MATMULS = (*_ATTENTION, "expert_gate", "expert_up", "expert_out")
-KEPT = {
-    "full": (),
-    "attention_out": ("attention_out",),
-    "no_experts": _ATTENTION,
-    "no_up": (*_ATTENTION, "expert_gate"),
-    "no_down": (*_ATTENTION, "expert_gate", "expert_up"),
-    "matmuls": _MATMULS,
-    "matmuls_rows": (*_MATMULS, "expert_in"),
-}
-"""What the backward pass finds kept by each remat policy, beside a layer's input: by its name."""
-
-
-def _policy(names: tuple[str, ...]):
-    """A policy that keeps these, and with splash attention's also cuDNN's, which have no name."""
-    keep = jax.checkpoint_policies.save_only_these_names(*names)
-    if splash.KEPT not in names:
-        return keep
-    return jax.checkpoint_policies.save_from_both_policies(keep, cudnn.kept)
-
-
-REMAT = {name: _policy(kept) for name, kept in KEPT.items()}
 
 
 class Forward(NamedTuple):
@@ -233,11 +209,9 @@ class Mixtral(nnx.Module):
 
         looped, layers = self.config.scan_layers, self.config.num_hidden_layers
         if self.config.remat != "none":
-            policy = REMAT[self.config.remat]
-            barrier = False if looped else _barrier()
-            one_layer = jax.checkpoint(one_layer, policy=policy, prevent_cse=barrier)
+            one_layer = remat.checkpointed(one_layer, self.config.remat, looped)
             if not looped:
-                stacked = _in_type(stacked, x_BLD.dtype)
+                stacked = remat.in_type(stacked, x_BLD.dtype)
         numbers = jnp.arange(layers) if cached else None
         (x_BLD, cache), statistics = jax.lax.scan(
             one_layer, (x_BLD, step.cache), (stacked, numbers), unroll=1 if looped else layers
@@ -261,32 +235,6 @@ class Mixtral(nnx.Module):
             statistics.append(sums)
             written.append(cache)
         return x_BLD, jax.tree.map(lambda *sums: jnp.stack(sums), *statistics), tuple(written)
-
-
-def _barrier() -> bool | tuple[tuple[bool, bool], bool]:
-    """What of a layer's (carry, parameters) is to be behind a barrier, so that XLA does not keep
-    what is to be computed again.
-
-    Not the parameters on a GPU that gathers none: its kernels read them where they lie in their
-    stack, and a barrier would copy them out. (A part of the arguments, as JAX 0.12 still has it,
-    works only where nothing in a layer is a constant array, as the mask of splash attention is.)
-    """
-    if platform() != "gpu" or sharding.in_use(sharding.FSDP):
-        return True
-    return (True, True), False
-
-
-def _in_type(layers: nnx.State, dtype: jnp.dtype) -> nnx.State:
-    """The layers' parameters in the activations' type, but the router's, whose product is float32.
-
-    A layer that is computed again finds its parameters kept as they came in, each a slice of its
-    stack; so neither what is kept nor its gradient is wider than what is multiplied.
-    """
-
-    def cast(path, a):
-        return a if "router" in jax.tree_util.keystr(path) else a.astype(dtype)
-
-    return jax.tree.map_with_path(cast, layers)
 
 
 @partial(jax.jit, static_argnums=0)
