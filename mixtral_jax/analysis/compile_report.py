@@ -31,13 +31,8 @@ from mixtral_jax.training.step import kernels_of_step
 ESTIMATES = (
     *("compiled_flops", "compiled_flops_expected_rows", "collectives", "compiler_seconds"),
     *("compiler_seconds_expected_rows", "unpriced", "interconnect_seconds", "arithmetic_seconds"),
-    *(
-        "memory_seconds",
-        "loop_seconds",
-        "estimated_step_seconds",
-        "estimated_tokens_per_second_per_chip",
-    ),
-    "estimated_mfu",
+    *("memory_seconds", "loop_seconds", "estimated_step_seconds", "estimated_mfu"),
+    "estimated_tokens_per_second_per_chip",
 )
 
 

@@ -118,7 +118,8 @@ def grouped_matmul(
       group_sizes_E: int32 rows of each expert; zero is fine, and so is all of them.
       transposed: the matrices are given as [E, F, D], which is how a TPU wants those whose F is
         split over devices: neither they nor their gradient are copied into another layout.
-      zeros: false if rows past the last group may come out as anything, which saves a pass.
+      zeros: false if rows past the last group may come out as anything: megablox and hopper save a
+        pass.
       implementation: one of PLATFORMS; None is the platform's best.
     Returns:
       out_RF in the type of x.
@@ -137,7 +138,7 @@ def grouped_matmul(
     in_use_R1 = jnp.arange(x_RD.shape[0])[:, None] < group_sizes_E.sum()
     x_RD = jnp.where(in_use_R1, x_RD, 0)  # these may read the others and multiply by zero
     out_RF = ragged_dot(x_RD, w_EDF, group_sizes_E, preferred_element_type=x_RD.dtype)
-    return jnp.where(in_use_R1, out_RF, 0) if zeros else out_RF
+    return jnp.where(in_use_R1, out_RF, 0)
 
 
 def _tokamax(x_RD, w_EDF, group_sizes_E, preferred_element_type):

@@ -61,6 +61,10 @@ def test_the_report_of_three_layers_is_that_of_the_unrolled_program(
     assert 0 < report["compiler_seconds"] < 1e-3
     assert 0 < report["interconnect_seconds"] < 1e-3
     assert 0 < report["estimated_mfu"] < 0.1
+    assert 0 < report["loop_seconds"] < 1e-3
+    parts = ("compiler_seconds_expected_rows", "loop_seconds", "interconnect_seconds")
+    step = sum(report[part] for part in parts) + report["unpriced"]["seconds"]
+    assert report["estimated_step_seconds"] == pytest.approx(step)
     # Of the rows that a device has room for, half are in use: the products forward need less.
     for name in ("compiled_flops", "compiler_seconds"):
         assert 0.5 < report[f"{name}_expected_rows"] / report[name] < 1
@@ -193,10 +197,10 @@ def test_microbatches_and_layers_are_counted_as_often_as_they_run(monkeypatch, s
             },
         ),
     }
-    looped_ = {2: made(0.625), 3: made(0.75)}  # a layer outside of the loop 0.125 s; inside 0.5
+    in_loop = {2: made(0.625), 3: made(0.75)}  # a layer outside of the loop 0.125 s; inside 0.5
 
     def price_of_layers(config, mesh, target, layers, looped=False):
-        return (looped_ if looped else of_layers)[layers]
+        return (in_loop if looped else of_layers)[layers]
 
     monkeypatch.setattr(prices, "price_of_layers", price_of_layers)
     training = {"gradient_accumulation": 2, "batch_size": 8}

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from mixtral_jax.kernels import blocks
 from mixtral_jax.kernels import grouped_matmul as module
+from mixtral_jax.kernels.experts import experts
 from mixtral_jax.kernels.grouped_matmul import PLATFORMS, grouped_matmul
 
 D, F = 7, 5
@@ -114,18 +115,38 @@ def test_rows_past_the_last_group_are_not_read(implementation):
 
 
 def test_what_the_kernel_leaves_past_the_last_group_is_not_seen(monkeypatch):
-    """Kernels for accelerators may leave anything there; neither result nor gradient shows it."""
+    """Kernels for accelerators may leave anything there, and multiply by zero what is there; no
+    result and no gradient shows it, of SwiGLU neither."""
     sizes = [2, 0, 3]
     x_RD, w_EDF, g_RF = operands(9, 3)
     ragged_dot = jax.lax.ragged_dot
 
-    def careless(x_RD, w_EDF, sizes_E, **options):
-        out_RF = ragged_dot(x_RD, w_EDF, sizes_E, **options)
-        return jnp.where(jnp.arange(9)[:, None] < sizes_E.sum(), out_RF, jnp.nan)
+    def others(sizes_E):
+        return jnp.arange(9)[:, None] >= sizes_E.sum()
 
+    @jax.custom_vjp
+    def leaves(out_RF, sizes_E):
+        return jnp.where(others(sizes_E), jnp.nan, out_RF)
+
+    def multiplied_by_zero(sizes_E, g_RF):
+        return g_RF + 0 * jnp.where(others(sizes_E), g_RF, 0).sum(), None
+
+    leaves.defvjp(lambda out_RF, sizes_E: (leaves(out_RF, sizes_E), sizes_E), multiplied_by_zero)
+
+    def careless(x_RD, w_EDF, sizes_E, **options):
+        return leaves(ragged_dot(x_RD, w_EDF, sizes_E, **options), sizes_E)
+
+    def swiglu(gate_EDF, up_EDF):
+        operands = x_RD, gate_EDF, up_EDF, w_EDF.swapaxes(1, 2), jnp.array(sizes, jnp.int32)
+        out_RD, pull = jax.vjp(functools.partial(experts, implementation="ragged_dot"), *operands)
+        in_use_R1 = jnp.arange(9)[:, None] < 5
+        return jnp.where(in_use_R1, out_RD, 0), *pull(jnp.where(in_use_R1, x_RD, 0))[:4]
+
+    wanted = jax.tree.map(np.asarray, swiglu(w_EDF, 2 * w_EDF))
     monkeypatch.setattr(module.lax, "ragged_dot", careless)
     actual = compiled.__wrapped__("ragged_dot", 64)(x_RD, w_EDF, sizes, g_RF)
     oracle.close(actual, expected(x_RD, w_EDF, sizes, g_RF), rel=1e-6)
+    oracle.close(swiglu(w_EDF, 2 * w_EDF), wanted, rel=1e-6)
 
 
 SHARED = {

@@ -95,7 +95,8 @@ def test_bfloat16_times_float32_on_matrix_units():
     g_TE = np.float32(rng.normal(size=wanted_TE.shape))
     dx_TD, dw_DE = pull(g_TE)
     assert dx_TD.dtype == jnp.bfloat16
-    oracle.close((dx_TD.astype(jnp.float32),), (np.float64(g_TE) @ np.float64(w_DE).T,), rel=2**-8)
+    rounded_TD = jnp.asarray(np.float64(g_TE) @ np.float64(w_DE).T, jnp.bfloat16)
+    assert np.mean(np.asarray(dx_TD == rounded_TD)) > 0.999  # of one part each: 0.62
     oracle.close((dw_DE,), (np.float64(x_TD).T @ np.float64(g_TE),), rel=1e-6)
 
 
