@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mixtral_jax.kernels import vary_like
+from mixtral_jax.kernels import NARROW, vary_like
 from mixtral_jax.kernels.rows import starts
 
 STEP_ROWS = 64  # blocks are multiples of it: fewer are slower a row, more waste part-full blocks
@@ -41,8 +41,8 @@ class Block(NamedTuple):
         return jnp.where(self.in_use_b1.T, columns_Db, 0)
 
     def put(self, x_RD: jax.Array, rows_bD: jax.Array) -> jax.Array:
-        """x with the rows in use replaced."""
-        rows_bD = jnp.where(self.in_use_b1, rows_bD.astype(x_RD.dtype), self.rows(x_RD))
+        """x with the rows in use replaced; both in bits."""
+        rows_bD = jnp.where(self.in_use_b1, rows_bD, self.rows(x_RD))
         return lax.dynamic_update_slice_in_dim(x_RD, rows_bD, self.first, axis=0)
 
     def matrix(self, w_EDF: jax.Array) -> jax.Array:
@@ -54,6 +54,17 @@ class Block(NamedTuple):
         before_1DF = lax.dynamic_slice_in_dim(w_EDF, self.expert, 1)
         sum_1DF = before_1DF + part_DF[None]
         return lax.dynamic_update_slice_in_dim(w_EDF, sum_1DF, self.expert, axis=0)
+
+
+def bits(x: jax.Array) -> jax.Array:
+    """An array to be sliced and written to: of a narrow type its bits, as XLA:CPU widens such
+    floats even to move them, and all of the array that some of them are written to."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype in NARROW else x
+
+
+def floats(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """What `bits` was given: an array of this type."""
+    return lax.bitcast_convert_type(x, dtype) if dtype in NARROW else x
 
 
 def for_each_block(
@@ -107,13 +118,13 @@ def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype=None) -> jax
 
 def _rows_times_matrix(x_RD, w_EDF, group_sizes_E, axis: int):
     """Of each row and its expert's matrix, whose axis is summed over: 0 or 1."""
-    out_RF = jnp.zeros((x_RD.shape[0], w_EDF.shape[2 - axis]), x_RD.dtype)
+    out_RF = bits(jnp.zeros((x_RD.shape[0], w_EDF.shape[2 - axis]), x_RD.dtype))
 
     def body(block, out_RF):
-        return block.put(out_RF, dot(block.take(x_RD), block.matrix(w_EDF), 1, axis))
+        return block.put(out_RF, bits(dot(block.take(x_RD), block.matrix(w_EDF), 1, axis)))
 
     init = vary_like(out_RF, x_RD, group_sizes_E)
-    return for_each_block(group_sizes_E, x_RD.shape[0], body, init)
+    return floats(for_each_block(group_sizes_E, x_RD.shape[0], body, init), x_RD.dtype)
 
 
 def _rows_times_rows(x_RD, g_RF, group_sizes_E):

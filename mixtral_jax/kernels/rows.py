@@ -59,14 +59,27 @@ def _take_rows_forward(x_SD, index_R, inverse_CS):
 
 
 def _take_rows_backward(inverse_CS, g_RD):
-    taken_CSD = _rows_at(g_RD, inverse_CS)
     if platform() != "cpu":
-        return taken_CSD.sum(axis=0), None, None
-    # Added one by one: they are few, and XLA:CPU's sum over so short an axis is slow.
-    return reduce(operator.add, (taken_CSD[c] for c in range(taken_CSD.shape[0]))), None, None
+        return _rows_at(g_RD, inverse_CS).sum(axis=0), None, None
+    taken_CSD = _rows_at(g_RD.astype(jnp.float32), inverse_CS)
+    return _added(taken_CSD).astype(g_RD.dtype), None, None
+
+
+def _added(parts_CTD: jax.Array) -> jax.Array:
+    """Their sum, one by one: they are few, and XLA:CPU's sum over so short an axis is slow."""
+    return reduce(operator.add, (parts_CTD[c] for c in range(parts_CTD.shape[0])))
 
 
 take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+
+
+def weighted_sum(weights_TC: jax.Array, parts_CTD: jax.Array) -> jax.Array:
+    """out_TD, of each token's C rows times their weights, in the type of the rows."""
+    dtype = parts_CTD.dtype
+    if platform() != "cpu":
+        return jnp.einsum("TC,CTD->TD", weights_TC.astype(dtype), parts_CTD)
+    weights_CT1 = weights_TC.astype(dtype).astype(jnp.float32).T[:, :, None]
+    return _added(weights_CT1 * parts_CTD.astype(jnp.float32)).astype(dtype)
 
 
 def starts(sizes, axis: int = -1):

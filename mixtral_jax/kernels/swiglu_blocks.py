@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mixtral_jax.kernels import sum_like, vary_like
-from mixtral_jax.kernels.blocks import dot, for_each_block
+from mixtral_jax.kernels.blocks import bits, dot, floats, for_each_block
 
 
 @jax.custom_vjp
@@ -28,54 +28,61 @@ def swiglu_blocks(
 
 def _forward(*operands):
     x_RD, gate_EDF, up_EDF, down_EFD, group_sizes_E = _varying(*operands)
-    rows, hidden = x_RD.shape[0], gate_EDF.shape[2]
+    rows, hidden, dtype = x_RD.shape[0], gate_EDF.shape[2], x_RD.dtype
 
     def body(block, carry):
-        gate_RF, up_RF, out_RD = carry
         x_bD = block.take(x_RD)
-        gate_bF = dot(x_bD, block.matrix(gate_EDF), 1, 0)
-        up_bF = dot(x_bD, block.matrix(up_EDF), 1, 0)
-        out_bD = dot(jax.nn.silu(gate_bF) * up_bF, block.matrix(down_EFD), 1, 0)
-        return block.put(gate_RF, gate_bF), block.put(up_RF, up_bF), block.put(out_RD, out_bD)
+        gate_bF = dot(x_bD, block.matrix(gate_EDF), 1, 0, jnp.float32)
+        up_bF = dot(x_bD, block.matrix(up_EDF), 1, 0, jnp.float32)
+        hidden_bF = (jax.nn.silu(gate_bF) * up_bF).astype(dtype)
+        made = (gate_bF, up_bF, dot(hidden_bF, block.matrix(down_EFD), 1, 0))
+        return tuple(block.put(a, bits(b.astype(dtype))) for a, b in zip(carry, made, strict=True))
 
-    empty_RF = vary_like(jnp.zeros((rows, hidden), x_RD.dtype), x_RD)
-    init = (empty_RF, empty_RF, jnp.zeros_like(x_RD))
+    empty_RF = vary_like(bits(jnp.zeros((rows, hidden), dtype)), x_RD)
+    init = (empty_RF, empty_RF, bits(jnp.zeros_like(x_RD)))
     gate_RF, up_RF, out_RD = for_each_block(group_sizes_E, rows, body, init)
     gate_RF = checkpoint_name(gate_RF, "expert_gate")
     up_RF = checkpoint_name(up_RF, "expert_up")
-    return out_RD, (operands, gate_RF, up_RF)
+    return floats(out_RD, dtype), (operands, gate_RF, up_RF)
 
 
 def _backward(residuals, g_RD):
     operands, gate_RF, up_RF = residuals
     x_RD, gate_EDF, up_EDF, down_EFD, group_sizes_E = _varying(*operands)
-    x_DR, g_DR = x_RD.T, g_RD.T  # XLA:CPU is slower with a left operand that lies transposed
+    dtype = x_RD.dtype
+    # XLA:CPU is slower with a left operand that lies transposed.
+    x_DR, g_DR = bits(x_RD).T, bits(g_RD).T
 
     def body(block, carry):
         dx_RD, d_gate_EDF, d_up_EDF, d_down_EDF = carry
         g_bD = block.take(g_RD)
-        x_Db, g_Db = block.columns(x_DR), block.columns(g_DR)
-        gate_bF, up_bF = block.rows(gate_RF), block.rows(up_RF)  # finite, and times zeros
-        d_hidden_bF = dot(g_bD, block.matrix(down_EFD), 1, 1)
+        x_Db, g_Db = (floats(block.columns(a), dtype) for a in (x_DR, g_DR))
+        # Also where not in use: finite, and times zeros.
+        gate_bF, up_bF = (
+            floats(block.rows(a), dtype).astype(jnp.float32) for a in (gate_RF, up_RF)
+        )
+        d_hidden_bF = dot(g_bD, block.matrix(down_EFD), 1, 1, jnp.float32)
         sigmoid_bF = jax.nn.sigmoid(gate_bF)
         silu_bF = gate_bF * sigmoid_bF
-        d_up_bF = d_hidden_bF * silu_bF
-        hidden_bF = silu_bF * up_bF
+        d_up_bF = (d_hidden_bF * silu_bF).astype(dtype)
+        hidden_bF = (silu_bF * up_bF).astype(dtype)
         d_gate_bF = d_hidden_bF * up_bF * (sigmoid_bF + silu_bF * (1 - sigmoid_bF))
-        dx_bD = dot(d_gate_bF, block.matrix(gate_EDF), 1, 1)
-        dx_bD += dot(d_up_bF, block.matrix(up_EDF), 1, 1)
+        d_gate_bF = d_gate_bF.astype(dtype)
+        dx_bD = dot(d_gate_bF, block.matrix(gate_EDF), 1, 1, jnp.float32)
+        dx_bD += dot(d_up_bF, block.matrix(up_EDF), 1, 1, jnp.float32)
         return (
-            block.put(dx_RD, dx_bD),
+            block.put(dx_RD, bits(dx_bD.astype(dtype))),
             block.add(d_gate_EDF, dot(x_Db, d_gate_bF, 1, 0, jnp.float32)),
             block.add(d_up_EDF, dot(x_Db, d_up_bF, 1, 0, jnp.float32)),
             block.add(d_down_EDF, dot(g_Db, hidden_bF, 1, 0, jnp.float32)),
         )
 
+    dx_RD = bits(jnp.zeros_like(x_RD))
     sums = [vary_like(jnp.zeros(gate_EDF.shape, jnp.float32), x_RD)] * 3
-    grads = for_each_block(group_sizes_E, x_RD.shape[0], body, (jnp.zeros_like(x_RD), *sums))
+    dx_RD, *sums = for_each_block(group_sizes_E, x_RD.shape[0], body, (dx_RD, *sums))
     # That of down was summed transposed. XLA:CPU would turn it back while it writes it among those
     # of the other layers, on one core.
-    grads = (*grads[:3], jax.lax.map(jnp.transpose, grads[3]))
+    grads = (floats(dx_RD, dtype), *sums[:2], jax.lax.map(jnp.transpose, sums[2]))
     return *(sum_like(g, a).astype(a.dtype) for g, a in zip(grads, operands)), None
 
 

@@ -13,10 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 from mixtral_jax import sharding
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels import attention as kernels
-from mixtral_jax.kernels import few_rows
+from mixtral_jax.kernels import few_rows, platform
 from mixtral_jax.model.cache import Step
 from mixtral_jax.model.int8 import Int8, columns, out_of_heads
-from mixtral_jax.model.layers import matrix, rotary_angles, rotate
+from mixtral_jax.model.layers import matrix, product, rotary_angles, rotate
 
 
 class Attention(nnx.Module):
@@ -85,6 +85,8 @@ def _into_heads(x_BLD: jax.Array, *ws: nnx.Param | Int8) -> tuple[jax.Array, ...
     ws = [sharding.shard(w, None, "heads", *[None] * (w.ndim - 2)) for w in ws]
     if _few(x_BLD, *ws):
         return _few_into_heads(x_BLD, ws)
+    if platform() == "cpu":
+        return tuple(product(x_BLD, w, 1, x_BLD.dtype) for w in ws)
     of_letters = {3: "BLD,DKH->BLKH", 4: "BLD,DKGH->BLKGH"}
     return tuple(jnp.einsum(of_letters[w.ndim], x_BLD, w) for w in ws)
 
@@ -95,6 +97,9 @@ def _out_of_heads(x_BLKGH: jax.Array, w: nnx.Param | Int8) -> jax.Array:
     wo_KGHD = sharding.shard(w[...].astype(x_BLKGH.dtype), "heads", None, None, None)
     if _few(x_BLKGH, wo_KGHD):
         return _few_out_of_heads(x_BLKGH, wo_KGHD)
+    if platform() == "cpu":
+        out = sharding.spec("batch", None, None)
+        return product(x_BLKGH, wo_KGHD, 3, x_BLKGH.dtype, out)
     return jax.lax.dot_general(  # einsum sorts its letters: wo would be transposed first
         x_BLKGH,
         wo_KGHD,

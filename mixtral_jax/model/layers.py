@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from mixtral_jax import sharding
 
@@ -35,44 +38,58 @@ class RMSNorm(nnx.Module):
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         wide = x_BLD.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        normed = (wide * scale).astype(x_BLD.dtype)
-        return normed * self.weight[...].astype(x_BLD.dtype)[None, None, :]
-
-
-@jax.custom_vjp
-def logits_of(x_BLD: jax.Array, head_DV: jax.Array) -> jax.Array:
-    """float32 logits_BLV, x times head, on the mesh that is set.
-
-    Its gradients are products that take the logits' gradient as it lies; the one that JAX makes for
-    the head has XLA:CPU transpose it first.
-    """
-    return jnp.einsum("BLD,DV->BLV", x_BLD, head_DV, preferred_element_type=jnp.float32)
-
-
-def _logits_forward(x_BLD, head_DV):
-    return logits_of(x_BLD, head_DV), (x_BLD, head_DV)
-
-
-def _logits_backward(residuals, g_BLV):
-    x_BLD, head_DV = residuals
-
-    def product(a, b, contracted, like):
-        out_sharding = jax.typeof(like).sharding
-        out = jax.lax.dot_general(
-            a,
-            b,
-            (contracted, ((), ())),
-            preferred_element_type=jnp.float32,
-            out_sharding=out_sharding,
+        # The same as a product in bfloat16, but the weight's gradient is summed in float32.
+        normed, weight_D = (
+            a.astype(x_BLD.dtype).astype(jnp.float32) for a in (wide * scale, self.weight[...])
         )
-        return out.astype(like.dtype)
-
-    g_BLV = g_BLV.astype(x_BLD.dtype)  # as TPUs do with float32 when they multiply it
-    dx_BLD = product(g_BLV, head_DV, ((2,), (1,)), x_BLD)
-    return dx_BLD, product(x_BLD, g_BLV, ((0, 1), (0, 1)), head_DV)
+        return (normed * weight_D[None, None, :]).astype(x_BLD.dtype)
 
 
-logits_of.defvjp(_logits_forward, _logits_backward)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def product(
+    x: jax.Array,
+    w: jax.Array,
+    over: int,
+    dtype: jnp.dtype,
+    out_sharding: PartitionSpec | None = None,
+) -> jax.Array:
+    """x times w, summed in float32 over the last dimensions of x and the first of w, on a mesh.
+
+    Its gradients are products that take the result's gradient as it lies: those that JAX makes have
+    XLA:CPU transpose it first, and multiply bfloat16 as float32.
+
+    Args:
+      over: how many dimensions are summed over.
+      dtype: of the result.
+      out_sharding: of the result, if one of those dimensions is split over the mesh.
+    """
+    dimensions = range(x.ndim - over, x.ndim), range(over)
+    return _product(x, w, dimensions, dtype, out_sharding)
+
+
+def _product(a, b, dimensions, dtype, out_sharding):
+    out = jax.lax.dot_general(
+        *(a, b, (dimensions, ((), ()))),
+        preferred_element_type=jnp.float32,
+        out_sharding=out_sharding,
+    )
+    return out.astype(dtype)
+
+
+def _product_forward(x, w, *options):
+    return product(x, w, *options), (x, w)
+
+
+def _product_backward(over, dtype, out_sharding, residuals, g):
+    x, w = residuals
+    g = g.astype(x.dtype)  # as TPUs do with float32 when they multiply it
+    lead = x.ndim - over
+    of_x, of_w = (jax.typeof(a).sharding for a in (x, w))
+    dx = _product(g, w, (range(lead, g.ndim), range(over, w.ndim)), x.dtype, of_x)
+    return dx, _product(x, g, (range(lead), range(lead)), w.dtype, of_w)
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 def logits_of_transposed(x_BLD: jax.Array, head_VD: jax.Array) -> jax.Array:

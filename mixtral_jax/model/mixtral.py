@@ -17,7 +17,7 @@ from mixtral_jax.model import decoding, remat
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.cache import Cached, Step, make_cache
 from mixtral_jax.model.int8 import Int8, columns
-from mixtral_jax.model.layers import RMSNorm, logits_of, logits_of_transposed, matrix
+from mixtral_jax.model.layers import RMSNorm, logits_of_transposed, matrix, product
 from mixtral_jax.model.moe import MoE, exchange_of, grouped_matmul_of
 from mixtral_jax.model.router import RoutingStatistics
 
@@ -192,7 +192,7 @@ class Mixtral(nnx.Module):
         if isinstance(self.head_DV, Int8):
             return columns(x_BLD, self.head_DV, "vocabulary", jnp.float32)
         head_DV = sharding.shard(self.head_DV[...].astype(x_BLD.dtype), None, "vocabulary")
-        return logits_of(x_BLD, head_DV)
+        return product(x_BLD, head_DV, 1, jnp.float32)
 
     def _run_layers(self, x_BLD, positions_BL, segments_BL, step: Step):
         """The layers as a scan, which hands the cache on and so writes to it where it lies."""

@@ -23,7 +23,7 @@ from mixtral_jax.kernels import apart, few_tokens, grouped_matmul, int8
 from mixtral_jax.kernels import exchange as exchanges
 from mixtral_jax.kernels.experts import experts as experts_of
 from mixtral_jax.kernels.gather import all_gather
-from mixtral_jax.kernels.rows import segment_map, starts, take_rows
+from mixtral_jax.kernels.rows import segment_map, starts, take_rows, weighted_sum
 from mixtral_jax.model.int8 import Int8
 from mixtral_jax.model.layers import matrix
 from mixtral_jax.model.router import RoutingStatistics, local_statistics, route
@@ -241,7 +241,7 @@ def _sparse_experts(
     with jax.named_scope("combine"):
         parts_AD = take_rows(returned_RD, rows.row_CT.reshape(-1), rows.assignment_R[None])
         parts_CTD = parts_AD.reshape(per_token, tokens, -1)
-        out_TD = jnp.einsum("TC,CTD->TD", routing.weights_TC.astype(x_TD.dtype), parts_CTD)
+        out_TD = weighted_sum(routing.weights_TC, parts_CTD)
         out_TD = lax.psum(out_TD, sharding.in_use(sharding.TENSOR))
     return out_TD.reshape(x_BLD.shape), statistics
 

@@ -72,3 +72,29 @@ def test_take_rows_has_the_gradient_of_a_gather(monkeypatch, platform, width, co
     oracle.close(own_pull(g_RD), pull(g_RD), rel=1e-6)
     jaxpr = str(jax.make_jaxpr(own_pull)(g_RD))
     assert "scatter" not in jaxpr, "the gradient of take_rows must gather"
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_weighted_sum_and_its_gradients(monkeypatch, platform):
+    monkeypatch.setattr(rows_, "platform", lambda: platform)
+    rng = np.random.default_rng(3)
+    weights, parts, g = (rng.normal(size=s) for s in ((7, 3), (3, 7, 5), (7, 5)))
+    wanted = (
+        np.einsum("TC,CTD->TD", weights, parts),
+        np.einsum("TD,CTD->TC", g, parts),
+        np.einsum("TC,TD->CTD", weights, g),
+    )
+    weights, parts, g = (jnp.asarray(a, jnp.float32) for a in (weights, parts, g))
+    out, pull = jax.vjp(rows_.weighted_sum, weights, parts)
+    oracle.close((out, *pull(g)), wanted, rel=1e-6)
+
+
+def test_bfloat16_rows_are_added_in_float32_and_rounded_once(monkeypatch):
+    """1 + 2^-8 + 2^-8 is a bfloat16, and 1 + 2^-8 is not."""
+    monkeypatch.setattr(rows_, "platform", lambda: "cpu")
+    parts = jnp.full((3, 1, 2), 2.0**-8, jnp.bfloat16).at[0].set(1)
+    assert rows_.weighted_sum(jnp.ones((1, 3)), parts)[0, 0] == 1 + 2**-7
+    inverse_CS = jnp.arange(3, dtype=jnp.int32)[:, None]
+    taken = jax.vjp(lambda x: rows_.take_rows(x, jnp.zeros(3, jnp.int32), inverse_CS), parts[0])
+    (grad,) = taken[1](parts[:, 0])
+    assert grad[0, 0] == 1 + 2**-7

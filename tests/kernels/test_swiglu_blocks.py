@@ -116,6 +116,16 @@ def test_operands_shared_between_devices(mesh):
     oracle.close(actual, tuple(wanted), rel=2e-6)
 
 
+def test_bfloat16_is_rounded_where_it_is_multiplied_only():
+    """Within two roundings, each of 2^-9, of what float64 makes of the same numbers."""
+    sizes = [70, 0, 21]
+    *arrays, g_RD = (jnp.asarray(a, jnp.bfloat16) for a in operands(91, 3))
+    actual = compiled("blocks")(*arrays, np.int32(sizes), g_RD)
+    assert all(a.dtype == jnp.bfloat16 for a in actual)
+    wanted = expected(*(np.float64(a) for a in arrays), sizes, np.float64(g_RD))
+    oracle.close(actual, wanted, rel=2**-8)
+
+
 def test_bfloat16_sums_in_float32():
     """The gradient of a matrix sums many blocks: in bfloat16, adding to 1024 stalls."""
     rows, ones = 1500, jnp.bfloat16(1)

@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 
-from mixtral_jax.model.layers import RMSNorm, logits_of, rotary_angles, rotate
+from mixtral_jax.model.layers import RMSNorm, product, rotary_angles, rotate
 
 B, L, N, H, D = 2, 5, 3, 6, 7
 THETA = 1e6
@@ -101,15 +101,32 @@ def test_rms_norm_is_float32_inside_and_casts_before_the_weight():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_logits_and_their_gradients_are_those_of_a_product(dtype):
+@pytest.mark.parametrize("out", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("x", "w", "letters"),
+    [
+        ((D,), (D, 4), "BLD,DV->BLV"),
+        ((D,), (D, 3, 2), "BLD,DKH->BLKH"),
+        ((3, 2), (3, 2, D), "BLKH,KHD->BLD"),
+    ],
+    ids=["logits", "into heads", "out of heads"],
+)
+def test_products_and_their_gradients(x, w, letters, out, dtype):
     """Small whole numbers: products and sums are exact in every type."""
     rng = np.random.default_rng(5)
-    x, head, g = (
-        rng.integers(-3, 4, size=shape).astype(np.float32)
-        for shape in ((B, L, D), (D, 4), (B, L, 4))
+    of_x, rest = letters.split(",")
+    of_w, of_g = rest.split("->")
+    over = len(set(of_x) & set(of_w))
+    shapes = (B, L, *x), w, (B, L, *w[over:])
+    x, w, g = (rng.integers(-3, 4, size=shape).astype(np.float32) for shape in shapes)
+    made, pull = jax.vjp(
+        lambda x, w: product(x, w, over, out), *(jnp.asarray(a, dtype) for a in (x, w))
     )
-    logits, pull = jax.vjp(logits_of, jnp.asarray(x, dtype), jnp.asarray(head, dtype))
-    grads = pull(jnp.asarray(g))
-    wanted = x @ head, g @ head.T, np.einsum("BLD,BLV->DV", x, g)
-    assert [a.dtype for a in (logits, *grads)] == [jnp.float32, dtype, dtype]
-    oracle.close((logits, *grads), wanted, rel=0)
+    grads = pull(jnp.asarray(g, out))
+    wanted = (
+        np.einsum(letters, x, w),
+        np.einsum(f"{of_g},{of_w}->{of_x}", g, w),
+        np.einsum(f"{of_x},{of_g}->{of_w}", x, g),
+    )
+    assert [a.dtype for a in (made, *grads)] == [out, dtype, dtype]
+    oracle.close((made, *grads), wanted, rel=0)
