@@ -39,9 +39,8 @@ from mixtral_jax.generation.routing import ChosenExperts
 from mixtral_jax.generation.scheduler import Scheduler, Turn
 from mixtral_jax.kernels import platform
 from mixtral_jax.model.cache import bytes_of_row, places
-from mixtral_jax.model.int8 import Int8
 from mixtral_jax.model.mixtral import Mixtral, compute_dtype
-from mixtral_jax.model.unstacked import in_layers, unstacked
+from mixtral_jax.model.unstacked import converts_blocks, in_layers, unstacked
 
 PART = Serving.part
 ROWS = 8
@@ -104,9 +103,8 @@ class Engine:
         options: dict[str, str] = {}
         if here == "cpu":
             several = self.rows > shards
-            quantized = isinstance(model.head_DV, Int8)  # in blocks: YNNPACK is faster
             model = unstacked(model, transposed=not several)
-            options = small_products() if several and not quantized else {}
+            options = small_products() if several and not converts_blocks(model) else {}
         else:
             model = in_layers(model, consume=consume)
         graphdef, params = nnx.split(model)

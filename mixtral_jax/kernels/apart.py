@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mixtral_jax.kernels import int8, vary_like
+from mixtral_jax.kernels import bits, int8, vary_like
 from mixtral_jax.kernels.rows import starts
 
 LEAST_ROWS, MOST_ROWS = 8, 64
@@ -43,7 +43,8 @@ def experts(
 
     Args:
       x_RD: rows, the first group_sizes[0] of them of expert 0, and so on. The rest is not read.
-      gates_DF, ups_DF, downs_FD: the matrices, by expert. Of an expert without rows none is read.
+      gates_DF, ups_DF, downs_FD: the matrices, by expert, in the type of x or bfloat16 as bits.
+        Of an expert without rows none is read.
       group_sizes_E: int32 rows of each expert.
     Returns:
       out_RD in the type of x; rows past sum(group_sizes) are zeros.
@@ -70,9 +71,16 @@ def experts(
     return lax.fori_loop(0, ends_E[-1], one_block, zeros_RD)
 
 
+def _times(x_RD: jax.Array, w: jax.Array | int8.Int8) -> jax.Array:
+    """x times a matrix [D, F], as it is, as bits or in int8, in the type of x."""
+    if isinstance(w, int8.Int8):
+        return int8.product(x_RD, w)
+    return bits.product(x_RD, w) if w.dtype == bits.BITS else x_RD @ w
+
+
 def _swiglu(gate_DF, up_DF, down_FD):
     def branch(x_bD):
-        hidden_bF = jax.nn.silu(int8.times(x_bD, gate_DF)) * int8.times(x_bD, up_DF)
-        return int8.times(hidden_bF, down_FD)
+        hidden_bF = jax.nn.silu(_times(x_bD, gate_DF)) * _times(x_bD, up_DF)
+        return _times(hidden_bF, down_FD)
 
     return branch

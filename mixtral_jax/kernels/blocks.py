@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mixtral_jax.kernels import NARROW, vary_like
+from mixtral_jax.kernels import vary_like
+from mixtral_jax.kernels.bits import bits, floats
 from mixtral_jax.kernels.rows import starts
 
 STEP_ROWS = 64  # blocks are multiples of it: fewer are slower a row, more waste part-full blocks
@@ -54,17 +55,6 @@ class Block(NamedTuple):
         before_1DF = lax.dynamic_slice_in_dim(w_EDF, self.expert, 1)
         sum_1DF = before_1DF + part_DF[None]
         return lax.dynamic_update_slice_in_dim(w_EDF, sum_1DF, self.expert, axis=0)
-
-
-def bits(x: jax.Array) -> jax.Array:
-    """An array to be sliced and written to: of a narrow type its bits, as XLA:CPU widens such
-    floats even to move them, and all of the array that some of them are written to."""
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype in NARROW else x
-
-
-def floats(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """What `bits` was given: an array of this type."""
-    return lax.bitcast_convert_type(x, dtype) if dtype in NARROW else x
 
 
 def for_each_block(

@@ -62,11 +62,6 @@ def dequantize(w: Int8, dtype: jnp.dtype) -> jax.Array:
     return (w.values.astype(jnp.float32) * w.scale[..., None]).astype(dtype)
 
 
-def times(x_RD: jax.Array, w: jax.Array | Int8) -> jax.Array:
-    """x @ w for a matrix [D, F] or one in int8, in the type of x."""
-    return product(x_RD, w) if isinstance(w, Int8) else x_RD @ w
-
-
 def product(x_RD: jax.Array, w: Int8, dtype=None, implementation: str | None = None) -> jax.Array:
     """out[r, f] = scale[f] * sum over d of x[r, d] values[f, d]; no gradient.
 
@@ -93,8 +88,7 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _blocks(x_RD, values_FD):
     channels, _ = values_FD.shape
-    blocks = max(2, _ceil(values_FD.size, MOST), min(4, _ceil(values_FD.size, LEAST)))
-    size = _ceil(channels, blocks)
+    size = ceil(channels, blocks_of(values_FD.size, MOST))
 
     def one_block(i, out_FR):
         first = jnp.minimum(i * size, channels - size)  # the last ones may be made twice
@@ -103,9 +97,15 @@ def _blocks(x_RD, values_FD):
         return lax.dynamic_update_slice_in_dim(out_FR, out_fR, first, axis=0)
 
     out_FR = vary_like(jnp.zeros((channels, x_RD.shape[0]), jnp.float32), x_RD, values_FD)
-    return lax.fori_loop(0, _ceil(channels, size), one_block, out_FR).T
+    return lax.fori_loop(0, ceil(channels, size), one_block, out_FR).T
 
 
-def _ceil(size: int, part: int) -> int:
+def blocks_of(values: int, most: int) -> int:
+    """In how many blocks to convert a matrix of so many values: at least two, or XLA:CPU, which
+    runs no loop then, would write all of it to memory."""
+    return max(2, ceil(values, most), min(4, ceil(values, LEAST)))
+
+
+def ceil(size: int, part: int) -> int:
     """Parts that hold it all."""
     return -(-size // part)

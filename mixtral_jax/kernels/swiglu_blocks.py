@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mixtral_jax.kernels import sum_like, vary_like
-from mixtral_jax.kernels.blocks import bits, dot, floats, for_each_block
+from mixtral_jax.kernels.bits import bits, floats
+from mixtral_jax.kernels.blocks import dot, for_each_block
 
 
 @jax.custom_vjp

@@ -13,10 +13,12 @@ from jax.ad_checkpoint import checkpoint_name
 from mixtral_jax import sharding
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels import attention as kernels
-from mixtral_jax.kernels import few_rows, platform
+from mixtral_jax.kernels import bits, few_rows, platform
 from mixtral_jax.model.cache import Step
-from mixtral_jax.model.int8 import Int8, columns, out_of_heads
-from mixtral_jax.model.layers import matrix, product, rotary_angles, rotate
+from mixtral_jax.model.int8 import Int8
+from mixtral_jax.model.int8 import columns as int8_columns
+from mixtral_jax.model.int8 import out_of_heads as int8_out_of_heads
+from mixtral_jax.model.layers import columns, matrix, product, rotary_angles, rotate
 
 
 class Attention(nnx.Module):
@@ -80,35 +82,42 @@ class Attention(nnx.Module):
 def _into_heads(x_BLD: jax.Array, *ws: nnx.Param | Int8) -> tuple[jax.Array, ...]:
     """The queries, keys and values: x times matrices [D, K, H] or [D, K, G, H]."""
     if isinstance(ws[0], Int8):
-        return tuple(columns(x_BLD, w, "heads") for w in ws)
-    ws = [w[...].astype(x_BLD.dtype) for w in ws]
-    ws = [sharding.shard(w, None, "heads", *[None] * (w.ndim - 2)) for w in ws]
+        return tuple(int8_columns(x_BLD, w, "heads") for w in ws)
+    ws = [_converted(w, x_BLD.dtype) for w in ws]
     if _few(x_BLD, *ws):
-        return _few_into_heads(x_BLD, ws)
+        return columns(x_BLD, ws, "heads", few_rows.products)
+    return tuple(_into_one_kind(x_BLD, w) for w in ws)
+
+
+def _into_one_kind(x_BLD, w):
+    if w.dtype == bits.BITS:
+        return columns(x_BLD, [w], "heads")[0]
+    w = sharding.shard(w, None, "heads", *[None] * (w.ndim - 2))
     if platform() == "cpu":
-        return tuple(product(x_BLD, w, 1, x_BLD.dtype) for w in ws)
-    of_letters = {3: "BLD,DKH->BLKH", 4: "BLD,DKGH->BLKGH"}
-    return tuple(jnp.einsum(of_letters[w.ndim], x_BLD, w) for w in ws)
+        return product(x_BLD, w, 1, x_BLD.dtype)
+    return jnp.einsum({3: "BLD,DKH->BLKH", 4: "BLD,DKGH->BLKGH"}[w.ndim], x_BLD, w)
 
 
 def _out_of_heads(x_BLKGH: jax.Array, w: nnx.Param | Int8) -> jax.Array:
     if isinstance(w, Int8):
-        return out_of_heads(x_BLKGH, w)
-    wo_KGHD = sharding.shard(w[...].astype(x_BLKGH.dtype), "heads", None, None, None)
+        return int8_out_of_heads(x_BLKGH, w)
+    wo_KGHD = sharding.shard(_converted(w, x_BLKGH.dtype), "heads", None, None, None)
+    if wo_KGHD.dtype == bits.BITS:
+        return _local_out_of_heads(x_BLKGH, wo_KGHD, bits.products)
     if _few(x_BLKGH, wo_KGHD):
-        return _few_out_of_heads(x_BLKGH, wo_KGHD)
+        return _local_out_of_heads(x_BLKGH, wo_KGHD, few_rows.products)
+    out = sharding.spec("batch", None, None)
     if platform() == "cpu":
-        out = sharding.spec("batch", None, None)
         return product(x_BLKGH, wo_KGHD, 3, x_BLKGH.dtype, out)
     return jax.lax.dot_general(  # einsum sorts its letters: wo would be transposed first
-        x_BLKGH,
-        wo_KGHD,
-        (((2, 3, 4), (0, 1, 2)), ((), ())),
-        out_sharding=sharding.spec("batch", None, None),
+        x_BLKGH, wo_KGHD, (((2, 3, 4), (0, 1, 2)), ((), ())), out_sharding=out
     )
 
 
-# ---- the products of a few tokens --------------------------------------------------------------
+def _converted(w: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    """To the type that is computed in, but for bits."""
+    w = w[...]
+    return w if w.dtype == bits.BITS else w.astype(dtype)
 
 
 def _few(x: jax.Array, *ws: jax.Array) -> bool:
@@ -119,21 +128,10 @@ def _few(x: jax.Array, *ws: jax.Array) -> bool:
     return few_rows.fits(tokens // sharding.batch_shards(), x.dtype, *sizes)
 
 
-def _few_into_heads(x_BLD, ws):
-    def body(x_BLD, ws):
-        matrices_DF = [w.reshape(w.shape[0], -1) for w in ws]
-        outs_TF = few_rows.products(x_BLD.reshape(-1, x_BLD.shape[-1]), matrices_DF)
-        return tuple(o.reshape(*x_BLD.shape[:2], *w.shape[1:]) for o, w in zip(outs_TF, ws))
-
-    heads = sharding.spec("batch", None, "heads")
-    specs = sharding.spec("batch"), sharding.spec(None, "heads")
-    return jax.shard_map(body, in_specs=specs, out_specs=heads, check_vma=False)(x_BLD, ws)
-
-
-def _few_out_of_heads(x_BLKGH, wo_KGHD):
+def _local_out_of_heads(x_BLKGH, wo_KGHD, products):
     def body(x_BLKGH, wo_KGHD):
         x_TF = x_BLKGH.reshape(x_BLKGH.shape[0] * x_BLKGH.shape[1], -1)
-        (out_TD,) = few_rows.products(x_TF, (wo_KGHD.reshape(x_TF.shape[1], -1),))
+        (out_TD,) = products(x_TF, [wo_KGHD.reshape(x_TF.shape[1], -1)])
         out_TD = jax.lax.psum(out_TD, sharding.in_use(sharding.TENSOR))
         return out_TD.reshape(*x_BLKGH.shape[:2], -1)
 

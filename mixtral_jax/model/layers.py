@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from mixtral_jax import sharding
-from mixtral_jax.kernels import platform
+from mixtral_jax.kernels import bits, platform
 
 
 def matrix(
@@ -90,6 +91,30 @@ def _product_backward(over, dtype, out_sharding, residuals, g):
 
 
 product.defvjp(_product_forward, _product_backward)
+
+
+def columns(
+    x_BLD: jax.Array,
+    ws: Sequence[jax.Array],
+    axis: str,
+    products: Callable[[jax.Array, list[jax.Array]], Sequence[jax.Array]] = bits.products,
+) -> tuple[jax.Array, ...]:
+    """x times matrices [D, ...] by a kernel that sees what lies on one device; no gradient.
+
+    Args:
+      axis: the logical one of the matrices' second dimension.
+      products: of x_TD and matrices [D, F], by default of bfloat16 as bits.
+    """
+
+    def body(x_BLD, ws):
+        matrices_DF = [w.reshape(w.shape[0], -1) for w in ws]
+        outs_TF = products(x_BLD.reshape(-1, x_BLD.shape[-1]), matrices_DF)
+        return tuple(o.reshape(*x_BLD.shape[:2], *w.shape[1:]) for o, w in zip(outs_TF, ws))
+
+    ws = [sharding.shard(w, None, axis, *[None] * (w.ndim - 2)) for w in ws]
+    specs = sharding.spec("batch"), sharding.spec(None, axis)
+    out = sharding.spec("batch", None, axis)
+    return jax.shard_map(body, in_specs=specs, out_specs=out, check_vma=False)(x_BLD, ws)
 
 
 def logits_of_transposed(x_BLD: jax.Array, head_VD: jax.Array) -> jax.Array:

@@ -11,13 +11,14 @@ from flax import nnx
 
 from mixtral_jax import sharding
 from mixtral_jax.config import InputError, ModelConfig
-from mixtral_jax.kernels import platform
+from mixtral_jax.kernels import bits, platform
 from mixtral_jax.kernels.attention import resolve
 from mixtral_jax.model import decoding, remat
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.cache import Cached, Step, make_cache
-from mixtral_jax.model.int8 import Int8, columns
-from mixtral_jax.model.layers import RMSNorm, logits_of_transposed, matrix, product
+from mixtral_jax.model.int8 import Int8
+from mixtral_jax.model.int8 import columns as int8_columns
+from mixtral_jax.model.layers import RMSNorm, columns, logits_of_transposed, matrix, product
 from mixtral_jax.model.moe import MoE, exchange_of, grouped_matmul_of
 from mixtral_jax.model.router import RoutingStatistics
 
@@ -190,7 +191,10 @@ class Mixtral(nnx.Module):
             head_VD = sharding.shard(self.head_VD[...].astype(x_BLD.dtype), "vocabulary", None)
             return logits_of_transposed(x_BLD, head_VD)
         if isinstance(self.head_DV, Int8):
-            return columns(x_BLD, self.head_DV, "vocabulary", jnp.float32)
+            return int8_columns(x_BLD, self.head_DV, "vocabulary", jnp.float32)
+        if self.head_DV[...].dtype == bits.BITS:
+            times = partial(bits.products, dtype=jnp.float32)
+            return columns(x_BLD, [self.head_DV[...]], "vocabulary", times)[0]
         head_DV = sharding.shard(self.head_DV[...].astype(x_BLD.dtype), None, "vocabulary")
         return product(x_BLD, head_DV, 1, jnp.float32)
 

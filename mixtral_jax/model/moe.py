@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mixtral_jax import sharding
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels import apart, few_tokens, grouped_matmul, int8
+from mixtral_jax.kernels import apart, bits, few_tokens, grouped_matmul, int8
 from mixtral_jax.kernels import exchange as exchanges
 from mixtral_jax.kernels.experts import experts as experts_of
 from mixtral_jax.kernels.gather import all_gather
@@ -161,7 +161,9 @@ class MoE(nnx.Module):
         else:
             weights = [p.get_value() for p in weights]
             if grouped != "blocks" or isinstance(weights[0], tuple):  # blocks converts them itself
-                weights = jax.tree.map(lambda w: w.astype(dtype), weights)
+                weights = jax.tree.map(
+                    lambda w: w if w.dtype == bits.BITS else w.astype(dtype), weights
+                )
         batch = sharding.spec("batch")
         body = partial(_sparse_experts, config=self.config, exchange=exchange, grouped=grouped)
         arrays = all(isinstance(w, jax.Array) for w in weights)

@@ -6,7 +6,7 @@ reads arrays that it is given whole where they lie. Stacked layers would be copi
 
 from __future__ import annotations
 
-from functools import partial
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,13 @@ import numpy as np
 from flax import nnx
 
 from mixtral_jax import sharding
+from mixtral_jax.kernels.bits import BITS
 from mixtral_jax.model.int8 import Int8
 from mixtral_jax.model.mixtral import Block, Mixtral, compute_dtype
+from mixtral_jax.model.quantized import CONTRACTED
+
+LARGE = 1 << 20
+"""Values of a matrix of bfloat16 from which it is read as it is no slower than in float32."""
 
 
 def in_layers(model: Mixtral, *, consume: bool = False) -> Mixtral:
@@ -60,35 +65,49 @@ def unstacked(model: Mixtral, transposed: bool = True) -> Mixtral:
 
     Args:
       model: its parameters lie on a mesh of CPU devices.
-      transposed: whether the head is to be head_VD: faster for one row.
+      transposed: whether the head is to be head_VD, if it is not kept as bits: faster for one row.
     Returns:
-      A model for `forward`, with arrays of at least the type that it computes in. They share the
-      memory of the given model's where they have the same type and begin where XLA wants arrays to
-      begin, at multiples of 64 bytes; a transposed head is a copy. What is in int8 stays so.
+      A model for `forward`, with arrays of at least the type that it computes in, and matrices of
+      bfloat16 as their bits (kernels/bits.py) if they are large, or computed with in bfloat16. They
+      share the memory of the given model's where they have the same type, or its bits, and begin
+      where XLA wants arrays to begin, at multiples of 64 bytes; a transposed head is a copy. What
+      is in int8 stays so.
     """
-    widen = partial(_placed, dtype=compute_dtype(model.config))
+    dtype = compute_dtype(model.config)
     graphdef, params = nnx.split(model)
     new = nnx.merge(graphdef, jax.tree.map(lambda p: p, params))
     layer_graphdef, stacked = nnx.split(new.layers)
+    flat = nnx.to_flat_state(stacked)
     new.layers = nnx.List(
-        nnx.merge(layer_graphdef, _map(lambda p, i=i: _layer(p, i, widen), stacked))
+        nnx.merge(
+            layer_graphdef,
+            nnx.from_flat_state({path: _layer(path[-1], p, i, dtype) for path, p in flat}),
+        )
         for i in range(model.config.num_hidden_layers)
     )
-    new.embedding_VD = _whole(new.embedding_VD, widen)
+    new.embedding_VD = _whole("embedding_VD", new.embedding_VD, dtype)
     if isinstance(new.head_DV, Int8):
         return new
-    head_DV = _whole(new.head_DV, widen)
+    head_DV = _whole("head_DV", new.head_DV, dtype)
     del new.head_DV
-    if transposed:
+    if transposed and head_DV.get_value().dtype != BITS:
         new.head_VD = _transposed(head_DV)
     else:
         new.head_DV = head_DV
     return new
 
 
-def _whole(param: nnx.Param, widen) -> nnx.Param:
+def converts_blocks(model: Mixtral) -> bool:
+    """Whether the products with most of an unstacked model's weights convert them in blocks."""
+    expert = model.layers[0].moe.gate_EDF
+    return isinstance(expert, Int8) or expert.get_value()[0].dtype == BITS
+
+
+def _whole(name: str, param: nnx.Param, dtype: jnp.dtype) -> nnx.Param:
     array, logical = param.get_value(), param.get_metadata("logical_axes")
-    return nnx.Param(widen(array, array.shape, logical), logical_axes=logical)
+    shape = array.shape
+    array = _placed(array, shape, logical, _type_of(name, array.dtype, shape, dtype))
+    return nnx.Param(array, logical_axes=logical)
 
 
 def _transposed(param: nnx.Param) -> nnx.Param:
@@ -99,32 +118,42 @@ def _transposed(param: nnx.Param) -> nnx.Param:
         return nnx.Param(jax.jit(jnp.transpose, out_shardings=where)(array), logical_axes=logical)
 
 
-def _map(function, params: nnx.State) -> nnx.State:
-    return jax.tree.map(function, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-
-
-def _layer(param: nnx.Param, layer: int, widen) -> nnx.Param:
+def _layer(name: str, param: nnx.Param, layer: int, dtype: jnp.dtype) -> nnx.Param:
     """One layer of a stacked parameter; experts as a tuple, by their number on each device."""
     array, (_, *logical) = param.get_value(), param.get_metadata("logical_axes")
-    if logical[0] != "experts":
-        value = widen(array, array.shape[1:], logical, (layer,))
+    apart = logical[0] == "experts"
+    to = _type_of(name, array.dtype, array.shape[2 if apart else 1 :], dtype)
+    if not apart:
+        value = _placed(array, array.shape[1:], logical, to, (layer,))
     else:
         shards = array.sharding.mesh.shape[sharding.EXPERT]
         shape = (shards, *array.shape[2:])
         value = tuple(
-            widen(array, shape, logical, (layer, slice(expert, expert + 1)))
+            _placed(array, shape, logical, to, (layer, slice(expert, expert + 1)))
             for expert in range(array.shape[1] // shards)
         )
     return nnx.Param(value, logical_axes=tuple(logical))
 
 
-def _placed(array: jax.Array, shape, logical, part=(), *, dtype: jnp.dtype) -> jax.Array:
+def _type_of(name: str, stored: jnp.dtype, shape, dtype: jnp.dtype) -> jnp.dtype:
+    """What a parameter is to lie as, where dtype is computed in; shape: of one matrix."""
+    if stored == jnp.int8:
+        return stored
+    narrow = stored == jnp.bfloat16 and name in CONTRACTED
+    if narrow and (dtype == stored or math.prod(shape) >= LARGE):
+        return BITS
+    return jnp.promote_types(stored, dtype)
+
+
+def _placed(array: jax.Array, shape, logical, dtype: jnp.dtype, part=()) -> jax.Array:
     """The array that is made of the same part of each device's share of another."""
     where = sharding.on(array.sharding.mesh, *logical)
-    dtype = array.dtype if array.dtype == jnp.int8 else jnp.promote_types(array.dtype, dtype)
+
+    def place(shard) -> jax.Array:
+        values = np.asarray(shard.data)[part]
+        values = values.view(BITS) if dtype == BITS else values
+        return jax.device_put(values, shard.device).astype(dtype)
+
     with sharding.no_mesh():
-        parts = [
-            jax.device_put(np.asarray(shard.data)[part], shard.device).astype(dtype)
-            for shard in array.addressable_shards
-        ]
+        parts = [place(shard) for shard in array.addressable_shards]
     return jax.make_array_from_single_device_arrays(tuple(shape), where, parts)

@@ -12,8 +12,9 @@ from harness import describe, place, random_parameters
 from tiny import MODEL, make_batch
 
 from mixtral_jax import sharding
+from mixtral_jax.model import unstacked as unstacked_
 from mixtral_jax.model.mixtral import Mixtral, abstract_state
-from mixtral_jax.model.unstacked import in_layers, unstacked
+from mixtral_jax.model.unstacked import converts_blocks, in_layers, unstacked
 
 CONFIG = dataclasses.replace(MODEL, hidden_size=32, head_dim=8, intermediate_size=48)
 
@@ -64,16 +65,54 @@ def test_it_shares_the_memory(sizes):
     assert addresses(last) == {start + local - part for start in addresses(gate_LEDF)}
 
 
-def test_bfloat16_weights_become_what_is_computed_in():
+def test_small_bfloat16_weights_become_what_is_computed_in():
     config = dataclasses.replace(CONFIG, param_dtype="bfloat16", compute_dtype="float32")
     model = model_on(sharding.make_mesh(), config)
     _, params = nnx.split(unstacked(model))
+    assert not converts_blocks(unstacked(model))
     wide = {leaf.dtype for leaf in jax.tree.leaves(params) if leaf.ndim > 1}
     assert wide == {jnp.dtype("float32")}
     up_LEDF = np.float32(model.layers.moe.up_EDF.get_value())
     np.testing.assert_array_equal(
         params["layers"][1]["moe"]["up_EDF"].get_value()[2][0], up_LEDF[1, 2]
     )
+
+
+MATRICES = {"wq_DKGH", "wk_DKH", "wv_DKH", "wo_KGHD", "gate_EDF", "up_EDF", "down_EFD", "head_DV"}
+
+
+@pytest.mark.parametrize("computed", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 1, 4, 1), (1, 2, 2, 2)], ids=describe)
+def test_large_bfloat16_matrices_lie_as_their_bits(monkeypatch, sizes, computed):
+    """And so those that are computed with in bfloat16: no copies, and the same logits."""
+    monkeypatch.setattr(unstacked_, "LARGE", 1 if computed == "float32" else 1 << 30)
+    config = dataclasses.replace(CONFIG, param_dtype="bfloat16", compute_dtype=computed)
+    mesh = sharding.make_mesh(*sizes)
+    model = model_on(mesh, config)
+    new = unstacked(model)
+    graphdef, params = nnx.split(new)
+    flat = nnx.to_flat_state(params)
+    assert {path[-1] for path, p in flat if types_of(p) == {"uint16"}} == MATRICES
+    others = [types_of(p) for path, p in flat if path[-1] in ("router_DE", "embedding_VD")]
+    assert others == [{computed}] * (config.num_hidden_layers + 1)
+    assert converts_blocks(new)
+    first = new.layers[0].moe.up_EDF.get_value()[0]
+    assert addresses(first) == addresses(model.layers.moe.up_EDF.get_value())
+    tokens, _, segments, positions = make_batch(8)
+    wide = dataclasses.replace(config, param_dtype="float32", compute_dtype="float32")
+    widened = jax.tree.map(lambda a: a.astype(jnp.float32), nnx.state(model))
+    with jax.set_mesh(mesh):
+        inputs = place((tokens, positions, segments), mesh)
+        whole = nnx.merge(abstract_state(wide)[0], widened)
+        found, wanted = (
+            jax.jit(lambda p, *args, g=g: nnx.merge(g, p).forward(*args).logits_BLV)(p, *inputs)
+            for g, p in ((graphdef, params), nnx.split(whole))
+        )
+    oracle.close(found, wanted, rel=2e-6 if computed == "float32" else 0.1)
+
+
+def types_of(param) -> set[str]:
+    return {leaf.dtype.name for leaf in jax.tree.leaves(param)}
 
 
 def test_layers_are_taken_apart_where_they_lie():
