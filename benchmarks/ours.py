@@ -7,6 +7,7 @@ import time
 import measure  # noqa: F401  (finds the package)
 
 from mixtral_jax import config_io, sharding
+from mixtral_jax.command_line import give_back_memory
 from mixtral_jax.config import Config, MeshConfig, ModelConfig
 
 
@@ -46,6 +47,7 @@ class Training:
             began = time.perf_counter()
             self.compiled = step.lower(self._state, placement.abstract()).compile()
             self.compile_seconds = time.perf_counter() - began
+            give_back_memory()
             self._batch = placement(synthetic_batch(config, placement.rows, 0))
             self.kernels = steps.kernels_of_step(config)
 

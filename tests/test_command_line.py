@@ -255,3 +255,32 @@ def test_commands_run_in_huge_pages_and_an_environment_that_says_more_is_left_al
     wanted = "glibc.malloc.hugetlb=1" if glibc else "None"
     assert shown() == f"{wanted} a b --c"
     assert shown(GLIBC_TUNABLES="glibc.malloc.check=0") == "glibc.malloc.check=0 a b --c"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+def test_freed_memory_goes_back_to_the_system():
+    """128 MB in blocks that glibc keeps, because something behind them is in use."""
+    code = """
+import ctypes
+from mixtral_jax.command_line import give_back_memory
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+blocks = [libc.malloc(64000) for _ in range(2000)]
+for block in blocks:
+    ctypes.memset(block, 1, 64000)
+in_use = libc.malloc(64000)
+for block in blocks:
+    libc.free(block)
+before = resident()
+give_back_memory()
+print(before - resident())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) > 100e6

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from mixtral_jax import sharding
-from mixtral_jax.command_line import StartUp
+from mixtral_jax.command_line import StartUp, give_back_memory
 from mixtral_jax.config import Config, InputError, TrainingError
 from mixtral_jax.data.batches import train_batches
 from mixtral_jax.data.corpus import Corpus, open_corpus
@@ -164,6 +164,7 @@ class Run:
             return
         self._say_what_runs()
         train_step, seconds = self._compiling.result()
+        give_back_memory()
         _say(f"compiled in {seconds:.1f} s")
         self._start_up.end("compiling")
         clock = Clock()
