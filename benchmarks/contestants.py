@@ -29,8 +29,9 @@ def our_training(config: Config, batch: int, **model) -> Turn:
     return turns.second_of_two(ours.Training(config).step)
 
 
-def our_decoding(config: Config, batch: int) -> Turn:
-    decoding = ours.Decoding(config.model)
+def our_decoding(config: Config, batch: int, **model) -> Turn:
+    """Args: model: what differs from the config's."""
+    decoding = ours.Decoding(dataclasses.replace(config.model, **model))
     return lambda: decoding.answer(batch, PROMPT, NEW)[1]
 
 
@@ -178,7 +179,12 @@ CONTESTANTS = {
         {"dense products": dense_products},
     ),
     "decode": _contestants(
-        {"mixtral_jax": our_decoding}, their_decoding, {"reading active weights": reading}
+        {
+            "mixtral_jax": our_decoding,
+            "mixtral_jax weights in bfloat16": partial(our_decoding, param_dtype="bfloat16"),
+        },
+        their_decoding,
+        {"reading active weights": reading},
     ),
 }
 LIMITS = ("dense products", "reading active weights")
