@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mixtral_jax.kernels import NARROW, vary_like
-from mixtral_jax.kernels.int8 import blocks_of, ceil
+from mixtral_jax.kernels.int8 import blocks_of, ceil, widened_if_few
 
 BITS = jnp.dtype(jnp.uint16)
 """A matrix of this type is one of bfloat16, as its bits."""
@@ -32,29 +32,31 @@ def floats(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def product(x_RD: jax.Array, w_DF: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-    """x times a matrix of bfloat16 given as its bits, in float32; no gradient.
+    """x times a matrix of bfloat16 given as its bits, summed in float32; no gradient.
 
-    A block of the matrix's rows is widened and multiplied while it lies in cache. Inside shard_map,
-    or on one device.
+    A block of the matrix's rows is widened, if need be, and multiplied while it lies in cache.
+    Inside shard_map, or on one device.
 
     Args:
       dtype: of the result; that of x if None.
     """
     depth, width = w_DF.shape
     size = ceil(depth, blocks_of(w_DF.size, MOST))
-    wide_RD = vary_like(x_RD, w_DF).astype(jnp.float32)
-    w_DF = vary_like(w_DF, x_RD)
+    dtype = dtype or x_RD.dtype
+    x_RD, w_DF = widened_if_few(vary_like(x_RD, w_DF)), vary_like(w_DF, x_RD)
 
     def one_block(i, out_RF):
         first = jnp.minimum(i * size, depth - size)
         new_d = first + jnp.arange(size, dtype=jnp.int32) >= i * size  # the last ones come twice
-        x_Rd = jnp.where(new_d[None], lax.dynamic_slice_in_dim(wide_RD, first, size, axis=1), 0)
+        x_Rd = jnp.where(new_d[None], lax.dynamic_slice_in_dim(x_RD, first, size, axis=1), 0)
         w_dF = floats(lax.dynamic_slice_in_dim(w_DF, first, size), jnp.bfloat16)
-        return out_RF + x_Rd @ w_dF.astype(jnp.float32)
+        return out_RF + jnp.matmul(
+            x_Rd, w_dF.astype(x_Rd.dtype), preferred_element_type=jnp.float32
+        )
 
-    out_RF = vary_like(jnp.zeros((x_RD.shape[0], width), jnp.float32), wide_RD, w_DF)
+    out_RF = vary_like(jnp.zeros((x_RD.shape[0], width), jnp.float32), x_RD, w_DF)
     out_RF = lax.fori_loop(0, ceil(depth, size), one_block, out_RF)
-    return out_RF.astype(dtype or x_RD.dtype)
+    return out_RF.astype(dtype)
 
 
 def products(

@@ -67,11 +67,11 @@ def unstacked(model: Mixtral, transposed: bool = True) -> Mixtral:
       model: its parameters lie on a mesh of CPU devices.
       transposed: whether the head is to be head_VD, if it is not kept as bits: faster for one row.
     Returns:
-      A model for `forward`, with arrays of at least the type that it computes in, and matrices of
-      bfloat16 as their bits (kernels/bits.py) if they are large, or computed with in bfloat16. They
-      share the memory of the given model's where they have the same type, or its bits, and begin
-      where XLA wants arrays to begin, at multiples of 64 bytes; a transposed head is a copy. What
-      is in int8 stays so.
+      A model for `forward`, with arrays of at least the type that it computes in, the embedding in
+      float32, and matrices of bfloat16 as their bits (kernels/bits.py) if they are large, or
+      computed with in bfloat16. They share the memory of the given model's where they have the same
+      type, or its bits, and begin where XLA wants arrays to begin, at multiples of 64 bytes; a
+      transposed head is a copy. What is in int8 stays so.
     """
     dtype = compute_dtype(model.config)
     graphdef, params = nnx.split(model)
@@ -142,7 +142,8 @@ def _type_of(name: str, stored: jnp.dtype, shape, dtype: jnp.dtype) -> jnp.dtype
     narrow = stored == jnp.bfloat16 and name in CONTRACTED
     if narrow and (dtype == stored or math.prod(shape) >= LARGE):
         return BITS
-    return jnp.promote_types(stored, dtype)
+    # XLA:CPU takes rows of a table in float32 alone, and would widen all of it for each token.
+    return jnp.promote_types(stored, jnp.float32 if name == "embedding_VD" else dtype)
 
 
 def _placed(array: jax.Array, shape, logical, dtype: jnp.dtype, part=()) -> jax.Array:

@@ -36,8 +36,10 @@ def test_product(monkeypatch, depth, most, rows):
     oracle.close(out, np.float64(x_RD) @ np.float64(w_DF), rel=1e-6)
 
 
-def test_bfloat16_rows_are_multiplied_in_float32():
-    x_RD, w_DF = operands(3, 40, 6, jnp.bfloat16)
+@pytest.mark.parametrize("rows", [3, 9])
+def test_bfloat16_rows_are_summed_in_float32(rows):
+    """Few of them are multiplied in float32 and many in bfloat16."""
+    x_RD, w_DF = operands(rows, 40, 6, jnp.bfloat16)
     wide = np.float64(x_RD) @ np.float64(w_DF)
     narrow, asked = (bits.product(x_RD, bits.bits(w_DF), dtype) for dtype in (None, jnp.float32))
     assert (narrow.dtype, asked.dtype) == (jnp.bfloat16, jnp.float32)
