@@ -27,7 +27,7 @@ MOST, LEAST = 1 << 20, 1 << 17
 that makes fewer than four blocks. XLA:CPU converts small blocks on one core."""
 
 MANY = 8
-"""Rows that XLA:CPU multiplies in bfloat16 as fast as in float32, or faster."""
+"""Rows that XLA:CPU multiplies in bfloat16 as fast as in float32, or faster; fewer take longer."""
 
 
 class Int8(NamedTuple):
@@ -105,8 +105,7 @@ def _blocks(x_RD, values_FD):
 
 
 def widened_if_few(x_RD: jax.Array) -> jax.Array:
-    """Rows in the type in which XLA:CPU multiplies them faster: bfloat16 takes twice as long for
-    one, and no longer from 8 on."""
+    """Rows in the type in which XLA:CPU multiplies them faster."""
     return x_RD.astype(jnp.float32) if x_RD.shape[0] < MANY else x_RD
 
 
