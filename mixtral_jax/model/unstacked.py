@@ -68,9 +68,9 @@ def unstacked(model: Mixtral, transposed: bool = True) -> Mixtral:
       transposed: whether the head is to be head_VD, if it is not kept as bits: faster for one row.
     Returns:
       A model for `forward`, with arrays of at least the type that it computes in, the embedding in
-      float32, and matrices of bfloat16 as their bits (kernels/bits.py) if they are large, or
-      computed with in bfloat16. They share the memory of the given model's where they have the same
-      type, or its bits, and begin where XLA wants arrays to begin, at multiples of 64 bytes; a
+      float32, and matrices as the bits of bfloat16 (kernels/bits.py) if they are large and of that
+      type, or computed with in it. They share the memory of the given model's where they have the
+      same type, or its bits, and begin where XLA wants arrays to begin, at multiples of 64 bytes; a
       transposed head is a copy. What is in int8 stays so.
     """
     dtype = compute_dtype(model.config)
@@ -139,8 +139,8 @@ def _type_of(name: str, stored: jnp.dtype, shape, dtype: jnp.dtype) -> jnp.dtype
     """What a parameter is to lie as, where dtype is computed in; shape: of one matrix."""
     if stored == jnp.int8:
         return stored
-    narrow = stored == jnp.bfloat16 and name in CONTRACTED
-    if narrow and (dtype == stored or math.prod(shape) >= LARGE):
+    large = stored == jnp.bfloat16 and math.prod(shape) >= LARGE
+    if name in CONTRACTED and (large or dtype == jnp.bfloat16):
         return BITS
     # XLA:CPU takes rows of a table in float32 alone, and would widen all of it for each token.
     return jnp.promote_types(stored, jnp.float32 if name == "embedding_VD" else dtype)
@@ -152,7 +152,8 @@ def _placed(array: jax.Array, shape, logical, dtype: jnp.dtype, part=()) -> jax.
 
     def place(shard) -> jax.Array:
         values = np.asarray(shard.data)[part]
-        values = values.view(BITS) if dtype == BITS else values
+        if dtype == BITS:
+            values = values.astype(jnp.bfloat16, copy=False).view(BITS)
         return jax.device_put(values, shard.device).astype(dtype)
 
     with sharding.no_mesh():

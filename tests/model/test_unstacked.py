@@ -112,6 +112,18 @@ def test_large_bfloat16_matrices_lie_as_their_bits(monkeypatch, sizes, computed)
     oracle.close(found, wanted, rel=2e-6 if computed == "float32" else 0.1)
 
 
+def test_float32_matrices_computed_with_in_bfloat16_lie_as_its_bits():
+    """Rounded once, and not in every product."""
+    config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
+    model = model_on(sharding.make_mesh(), config)
+    new = unstacked(model)
+    up = new.layers[1].moe.up_EDF.get_value()[2]
+    assert up.dtype == jnp.uint16
+    rounded = model.layers.moe.up_EDF.get_value()[1, 2].astype(jnp.bfloat16)
+    np.testing.assert_array_equal(up[0].view(jnp.bfloat16), rounded)
+    assert types_of(new.layers[0].moe.router_DE) == types_of(new.embedding_VD) == {"float32"}
+
+
 def types_of(param) -> set[str]:
     return {leaf.dtype.name for leaf in jax.tree.leaves(param)}
 
