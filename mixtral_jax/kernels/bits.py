@@ -31,6 +31,11 @@ def floats(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return lax.bitcast_convert_type(x, dtype) if dtype in NARROW else x
 
 
+def converted(w: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """A matrix in the type that is computed in; bits stay, for `product` to convert."""
+    return w if w.dtype == BITS else w.astype(dtype)
+
+
 def product(x_RD: jax.Array, w_DF: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
     """x times a matrix of bfloat16 given as its bits, summed in float32; no gradient.
 

@@ -83,7 +83,7 @@ def _into_heads(x_BLD: jax.Array, *ws: nnx.Param | Int8) -> tuple[jax.Array, ...
     """The queries, keys and values: x times matrices [D, K, H] or [D, K, G, H]."""
     if isinstance(ws[0], Int8):
         return tuple(int8_columns(x_BLD, w, "heads") for w in ws)
-    ws = [_converted(w, x_BLD.dtype) for w in ws]
+    ws = [bits.converted(w[...], x_BLD.dtype) for w in ws]
     if _few(x_BLD, *ws):
         return columns(x_BLD, ws, "heads", few_rows.products)
     return tuple(_into_one_kind(x_BLD, w) for w in ws)
@@ -101,7 +101,7 @@ def _into_one_kind(x_BLD, w):
 def _out_of_heads(x_BLKGH: jax.Array, w: nnx.Param | Int8) -> jax.Array:
     if isinstance(w, Int8):
         return int8_out_of_heads(x_BLKGH, w)
-    wo_KGHD = sharding.shard(_converted(w, x_BLKGH.dtype), "heads", None, None, None)
+    wo_KGHD = sharding.shard(bits.converted(w[...], x_BLKGH.dtype), "heads", None, None, None)
     if wo_KGHD.dtype == bits.BITS:
         return _local_out_of_heads(x_BLKGH, wo_KGHD, bits.products)
     if _few(x_BLKGH, wo_KGHD):
@@ -112,12 +112,6 @@ def _out_of_heads(x_BLKGH: jax.Array, w: nnx.Param | Int8) -> jax.Array:
     return jax.lax.dot_general(  # einsum sorts its letters: wo would be transposed first
         x_BLKGH, wo_KGHD, (((2, 3, 4), (0, 1, 2)), ((), ())), out_sharding=out
     )
-
-
-def _converted(w: nnx.Param, dtype: jnp.dtype) -> jax.Array:
-    """To the type that is computed in, but for bits."""
-    w = w[...]
-    return w if w.dtype == bits.BITS else w.astype(dtype)
 
 
 def _few(x: jax.Array, *ws: jax.Array) -> bool:

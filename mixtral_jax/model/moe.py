@@ -161,9 +161,7 @@ class MoE(nnx.Module):
         else:
             weights = [p.get_value() for p in weights]
             if grouped != "blocks" or isinstance(weights[0], tuple):  # blocks converts them itself
-                weights = jax.tree.map(
-                    lambda w: w if w.dtype == bits.BITS else w.astype(dtype), weights
-                )
+                weights = jax.tree.map(partial(bits.converted, dtype=dtype), weights)
         batch = sharding.spec("batch")
         body = partial(_sparse_experts, config=self.config, exchange=exchange, grouped=grouped)
         arrays = all(isinstance(w, jax.Array) for w in weights)

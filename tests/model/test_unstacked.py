@@ -68,8 +68,9 @@ def test_it_shares_the_memory(sizes):
 def test_small_bfloat16_weights_become_what_is_computed_in():
     config = dataclasses.replace(CONFIG, param_dtype="bfloat16", compute_dtype="float32")
     model = model_on(sharding.make_mesh(), config)
-    _, params = nnx.split(unstacked(model))
-    assert not converts_blocks(unstacked(model))
+    new = unstacked(model)
+    assert not converts_blocks(new)
+    _, params = nnx.split(new)
     wide = {leaf.dtype for leaf in jax.tree.leaves(params) if leaf.ndim > 1}
     assert wide == {jnp.dtype("float32")}
     up_LEDF = np.float32(model.layers.moe.up_EDF.get_value())

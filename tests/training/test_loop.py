@@ -70,9 +70,10 @@ def test_a_run_folder_has_what_it_promises(whole):
 
 
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch, capfd):
-    folder, advance = tmp_path / "run", Reporter.advance
+    folder, advance, events = tmp_path / "run", Reporter.advance, []
 
     def advance_then_signal(self, step, record=None):
+        events.append(step)
         advance(self, step, record)
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -80,7 +81,9 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(whole, tmp_path, monkeypa
     config = synthetic(folder, mesh={"expert": 2})
     with monkeypatch.context() as patch:
         patch.setattr(Reporter, "advance", advance_then_signal)
+        patch.setattr(loop, "give_back_memory", lambda: events.append("what compiling took"))
         loop.train(config)
+    assert events == ["what compiling took", 1, 2, 3, 4]
     assert [r["step"] for r in lines(folder)] == [1, 2, 3, 4]
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # as a kill -9 in the middle of a line leaves it
