@@ -32,6 +32,13 @@ def check_at_least(section: object, prefix: str, minimum: float, *names: str) ->
             raise InputError(f"{prefix}.{name}={value} must be at least {minimum}")
 
 
+def check_above_zero(section: object, prefix: str, *names: str, empty: str = "") -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not value > 0:
+            raise InputError(f"{prefix}.{name}={value} must be above 0{empty}")
+
+
 EXCHANGES = ("local", "padded", "ragged")
 ATTENTIONS = ("xla", "splash", "cudnn", "chunks")
 GROUPED_MATMULS = ("megablox", "ragged_dot", "hopper", "tokamax", "blocks")
@@ -109,25 +116,14 @@ class ModelConfig:
     """Weight of the mean squared logsumexp of the router logits."""
 
     def __post_init__(self) -> None:
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "num_local_experts",
-            "num_experts_per_tok",
-            "max_position_embeddings",
-            "head_dim",
-        )
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        sizes += ("num_attention_heads", "num_key_value_heads", "head_dim", "num_local_experts")
+        sizes += ("num_experts_per_tok", "max_position_embeddings")
         check_at_least(self, "model", 1, *sizes)
         check_at_least(
             self, "model", 0, "load_balance_weight", "router_z_weight", "initializer_range"
         )
-        for name in ("rope_theta", "rms_norm_eps"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"model.{name}={getattr(self, name)} must be above 0")
+        check_above_zero(self, "model", "rope_theta", "rms_norm_eps")
         check_choice("model.preset", self.preset, ("", *PRESETS))
         check_choice("model.remat", self.remat, REMAT_POLICIES)
         check_choice("model.exchange", self.exchange, ("", *EXCHANGES))
@@ -152,10 +148,8 @@ class ModelConfig:
                 f"model.num_experts_per_tok={self.num_experts_per_tok} is more than "
                 f"model.num_local_experts={self.num_local_experts}"
             )
-        for name in ("capacity_factor", "receive_factor"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"model.{name}={value} must be above 0; empty is dropless")
+        bounds = "capacity_factor", "receive_factor"
+        check_above_zero(self, "model", *bounds, empty="; empty is dropless")
 
     def dropless(self) -> ModelConfig:
         """The same model as it should be sampled: no token dropped, nothing chosen for training."""
@@ -271,9 +265,8 @@ class TrainingConfig:
         whole += ("checkpoint_every", "keep_checkpoints", "validation_batches", "max_skipped_steps")
         check_at_least(self, "training", 1, *whole)
         check_at_least(self, "training", 0, "warmup_steps", "validate_every", "learning_rate")
-        check_at_least(
-            self, "training", 0, "weight_decay", "clip_norm", "z_loss_weight", "adam_eps"
-        )
+        check_at_least(self, "training", 0, "weight_decay", "clip_norm", "z_loss_weight")
+        check_above_zero(self, "training", "adam_eps")  # an unused row's update would be 0 / 0
         check_choice("training.schedule", self.schedule, SCHEDULES)
         for name in ("decay_fraction", "final_learning_rate_ratio"):
             if not 0 <= getattr(self, name) <= 1:
@@ -363,6 +356,10 @@ class RunConfig:
     """Seeds the weights and the order of the documents."""
     resume_step: int | None = None
     """Resume from this checkpoint instead of the newest; newer ones are moved aside."""
+
+    def __post_init__(self) -> None:
+        if not -(2**63) <= self.seed < 2**63:
+            raise InputError(f"run.seed={self.seed} must be a number of 64 bits")
 
 
 @dataclass(frozen=True)

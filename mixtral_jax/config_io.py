@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
+import os
 import pathlib
-import re
 import types
 import typing
 
@@ -23,14 +24,44 @@ from mixtral_jax.config import (
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without its numbers in base 60, as which it would read 10:12."""
+    """YAML whose scalars are text, true, false or nothing: what a number is, the field says.
+
+    YAML 1.1 would read 010 as 8, 10:12 in base 60 and 2026-12-01 as a date, where a name was meant.
+    """
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"has the key {key.value} twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
-_RANGE = ("tag:yaml.org,2002:str", re.compile(r"^\d+:\d+$"))  # ahead of the others: it decides
+_KEPT = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "merge")}
 _Loader.yaml_implicit_resolvers = {
-    first: [_RANGE, *patterns]
+    first: [pattern for pattern in patterns if pattern[0] in _KEPT]
     for first, patterns in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+
+
+def _parse(text: str) -> object:
+    """What a YAML text says.
+
+    Raises:
+      ValueError: one line on what is wrong with it.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" line {where.line + 1}" if where else ""
+        problem = getattr(error, "problem", None) or ""
+        said = problem if problem.startswith("has the key") else "is not YAML"
+        raise ValueError(f"{line} {said}") from None
+    except (ValueError, RecursionError):
+        raise ValueError(" is not YAML") from None
 
 
 def _nearest(key: str, valid: typing.Iterable[str]) -> str:
@@ -41,7 +72,10 @@ def _nearest(key: str, valid: typing.Iterable[str]) -> str:
 def _number(value: object, kind: type) -> object:
     """Accept 1e-3 (which YAML reads as text), 2.0 for 2 and 2 for 2.0, but never a boolean."""
     if isinstance(value, str):
-        value = float(value)
+        try:
+            value = int(value)
+        except ValueError:
+            value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError
     if kind is int and value != int(value):
@@ -137,32 +171,41 @@ def apply_overrides(values: dict, overrides: typing.Sequence[str]) -> dict:
         section, dot, key = name.partition(".")
         if not (equals and dot and section and key):
             raise InputError(f"override {text!r} must look like section.key=value")
-        try:
-            value = yaml.load(raw, Loader=_Loader)
-        except yaml.YAMLError:
-            value = raw
         target = merged.get(section)
         if target is None:
             target = merged[section] = {}
         if not isinstance(target, dict):
             raise InputError(f"{section}: {target!r} must be a section with keys")
-        target[key] = value
+        target[key] = _value(section, key, raw)
     return merged
+
+
+def _value(section: str, key: str, raw: str) -> object:
+    """What an override gives a field: its text as it is, if the field holds text."""
+    cls = typing.get_type_hints(Config).get(section)
+    quoted = raw.strip().startswith(("'", '"'))
+    text = cls is not None and typing.get_type_hints(cls).get(key) is str
+    if text and not quoted and raw != "null":
+        return raw
+    try:
+        return _parse(raw)
+    except ValueError:
+        return raw
 
 
 def read_yaml(path: str | pathlib.Path) -> dict:
     """A YAML file as a dictionary; every failure is an InputError that names the file."""
     path = pathlib.Path(path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"config {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"config {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" line {where.line + 1}" if where else ""
-        raise InputError(f"config {path}{line} is not YAML") from None
+    try:
+        values = _parse(text)
+    except ValueError as error:
+        raise InputError(f"config {path}{error}") from None
     if not isinstance(values, dict):
         raise InputError(f"config {path} must hold sections such as model: and training:")
     return values
@@ -200,26 +243,39 @@ def _with_sizes(values: dict, sizes_of: typing.Callable[[str], dict]) -> dict:
 def load(
     path: str | pathlib.Path,
     overrides: typing.Sequence[str] = (),
-    sizes_of: typing.Callable[[str], dict] | None = None,
+    sizes_of: typing.Callable[[str, str], dict] | None = None,
 ) -> Config:
     """Read a YAML config, lay overrides over it and check the whole.
 
     Args:
       path: the YAML file.
       overrides: texts such as `mesh.expert=4`.
-      sizes_of: gives the keys of `model` that belong to the folder model.checkpoint; without it
-        the config has them already, as one that a run has saved.
+      sizes_of: gives the keys of `model` that belong to the folder model.checkpoint, for a run in
+        run.dir; without it the config has them already, as one that a run has saved.
     Raises:
       InputError: with one line that names the value and what was expected.
     """
     values = apply_overrides(read_yaml(path), overrides)
-    if sizes_of is not None:
-        values = _with_sizes(values, sizes_of)
-    config = from_dict(values)
-    if config.run.dir:
-        return config
+    for section, key in _PATHS:
+        values = _with_home(values, section, key)
     folder = f"runs/{pathlib.Path(path).stem}"
+    if isinstance(run := values.get("run"), dict):
+        folder = str(run.get("dir") or folder)
+    if sizes_of is not None:
+        values = _with_sizes(values, functools.partial(sizes_of, run_dir=folder))
+    config = from_dict(values)
     return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder))
+
+
+_PATHS = (("model", "checkpoint"), ("data", "tokenizer"), ("run", "dir"))
+
+
+def _with_home(values: dict, section: str, key: str) -> dict:
+    """The same with a path of the user's home, ~ or ~name at its start, as shells spell it out."""
+    inner = values.get(section)
+    if not isinstance(inner, dict) or not isinstance(inner.get(key), str):
+        return values
+    return {**values, section: {**inner, key: os.path.expanduser(inner[key])}}
 
 
 def save(config: Config, path: str | pathlib.Path) -> None:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+from mixtral_jax import config_io
 from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.interop import configs, own, pickles, source
@@ -129,12 +130,18 @@ def load_tokenizer(path: str | os.PathLike, vocab_size: int) -> Tokenizer | None
     return tokenizer
 
 
-def training_sizes(checkpoint: str) -> dict[str, Any]:
+def training_sizes(checkpoint: str, run_dir: str = "") -> dict[str, Any]:
     """The model's keys of a training config that starts from a checkpoint; see config_io.load.
+
+    A run that was begun from it has them itself: the checkpoint may be gone.
 
     Raises:
       InputError: as `describe`, or because the checkpoint has no experts.
     """
+    with contextlib.suppress(InputError):
+        begun = config_io.load(pathlib.Path(run_dir) / "config.yaml").model
+        if begun.checkpoint == checkpoint:
+            return configs.describe(begun).sizes
     description = describe(checkpoint)
     if description.dense:
         raise dense_error(pathlib.Path(checkpoint))
