@@ -37,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         loop.train(config)
     except (InputError, TrainingError) as error:
         return report(error)
+    except KeyboardInterrupt:  # while starting, or a second time
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

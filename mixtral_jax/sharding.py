@@ -223,7 +223,7 @@ def start(mesh: MeshConfig) -> None:
     """
     coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS")
     processes = _number_in("JAX_NUM_PROCESSES") if coordinator else 1
-    if mesh.size % processes:
+    if processes < 1 or mesh.size % processes:
         raise InputError(f"a mesh of {mesh.size} devices does not split over {processes} processes")
     if "JAX_PLATFORMS" not in os.environ and _has_libtpu() and not _has_accelerator():
         jax.config.update("jax_platforms", "cpu")  # libtpu complains where there is no TPU
@@ -232,7 +232,7 @@ def start(mesh: MeshConfig) -> None:
     keep_compiled_programs()
     if coordinator:
         jax.distributed.initialize(coordinator, processes, _number_in("JAX_PROCESS_ID"))
-    elif _on_tpu() or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    elif _on_tpu() or _in_slurm_step():
         jax.distributed.initialize()
 
 
@@ -241,6 +241,11 @@ def _use_memory_of_gpus() -> None:
     names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is older
     if not any(name in os.environ for name in names):
         os.environ[names[0]] = str(GPU_MEMORY)
+
+
+def _in_slurm_step() -> bool:
+    """Whether srun started this process among others; in an allocation alone it is the only one."""
+    return "SLURM_STEP_NODELIST" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1"
 
 
 def _number_in(variable: str) -> int:

@@ -179,6 +179,7 @@ def test_a_mesh_that_does_not_split_over_the_processes(monkeypatch):
     ("variables", "message"),
     [
         ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two' must be a whole number"),
+        ({"JAX_NUM_PROCESSES": "0"}, "does not split over 0 processes"),
         ({"JAX_NUM_PROCESSES": "1"}, "JAX_PROCESS_ID='' must be a whole number"),
     ],
 )
@@ -210,6 +211,23 @@ def test_a_mesh_may_split_a_row_of_chips(topology, sizes):
     assert {axis: n for axis, n in mesh.shape.items() if n > 1} == sizes
     assert sorted(d.id for d in mesh.devices.flat) == sorted(d.id for d in devices)
     assert mesh.axis_types == sharding.make_mesh().axis_types
+
+
+@pytest.mark.parametrize(
+    ("variables", "several"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "2"}, False),  # in an allocation, but not started by srun
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a"}, False),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "a"}, True),
+    ],
+)
+def test_slurm_is_asked_where_it_started_several(monkeypatch, variables, several):
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert sharding._in_slurm_step() is several
 
 
 @pytest.mark.parametrize("said", ["", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])

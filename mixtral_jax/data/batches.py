@@ -262,6 +262,7 @@ class _Lane:
 
     def _read(self) -> np.ndarray:
         """The ids of this round's document, or of the next one that has text."""
+        first = self.number == self.offset == 0
         for tries in itertools.count(1):
             if text := self._deal.document(self.number, self._lane):
                 break
@@ -274,7 +275,7 @@ class _Lane:
         pairs = len(ids) - 1
         if self.offset >= pairs:
             raise self._changed()
-        if self._deal.crowded and self.number == self.offset == 0:
+        if self._deal.crowded and first:
             self.offset = pairs * self._lane // self._deal.lanes
         return ids
 

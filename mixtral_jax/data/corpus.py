@@ -66,6 +66,8 @@ class Corpus:
     held_out: Subset
     """What is never trained on, in a spread-out order; maybe nothing."""
     malformed: MalformedReport
+    files: dict[str, str]
+    """What was found for data.train and data.validation, in words that change with the files."""
 
     def training_texts(self) -> Iterator[str]:
         """Every readable document that is trained on, once, in a spread-out order."""
@@ -105,9 +107,12 @@ def open_corpus(config: Config) -> Corpus:
         raise InputError("data.train is empty: name your files, such as data.train=texts/**/*.txt")
     malformed = MalformedReport(fatal=data.malformed == "error")
     taken: set[str] = set()
+    files = {}
     if data.validation:
         validation, _ = open_sources("data.validation", data.validation, malformed, taken)
+        files["data.validation"] = validation.fingerprint()
     documents, sizes = open_sources("data.train", data.train, malformed, taken)
+    files["data.train"] = documents.fingerprint()
     numbers_N = np.arange(len(documents))
     if data.validation:
         out_N = np.zeros(len(documents), bool)
@@ -125,4 +130,4 @@ def open_corpus(config: Config) -> Corpus:
                 f"validation_fraction={data.validation_fraction}: name data.validation instead"
             )
     weights = tuple(source.weight for source in data.train)
-    return Corpus(tuple(train), weights, held_out, malformed)
+    return Corpus(tuple(train), weights, held_out, malformed, files)

@@ -11,6 +11,7 @@ import array
 import bisect
 import collections
 import glob
+import hashlib
 import itertools
 import json
 import logging
@@ -81,6 +82,13 @@ class Documents:
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
+
+    def fingerprint(self) -> str:
+        """A line that tells these documents from others, by the files' names and sizes."""
+        sizes = [os.path.getsize(file.path) for file in self._files]
+        named = [(os.path.basename(file.path), size) for file, size in zip(self._files, sizes)]
+        digest = hashlib.sha256(repr(named).encode()).hexdigest()[:12]
+        return f"{len(self):,} documents in {len(sizes):,} files, {sum(sizes):,} bytes, {digest}"
 
     def __getitem__(self, index: int) -> str | None:
         if not 0 <= index < len(self):
@@ -226,9 +234,10 @@ class _Parquet:
         with pq.ParquetFile(path) as file:
             schema, metadata = file.schema_arrow, file.metadata
             rows = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
-        kind = schema.field(FIELD).type if FIELD in schema.names else None
-        if kind is None:
-            raise InputError(f"{path} has no column {FIELD!r}: {', '.join(schema.names)}")
+        if schema.names.count(FIELD) != 1:
+            many = "no column" if FIELD not in schema.names else "more than one column"
+            raise InputError(f"{path} has {many} {FIELD!r}: {', '.join(schema.names)}")
+        kind = schema.field(FIELD).type
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
         if kind not in (pa.string(), pa.large_string(), pa.string_view()):

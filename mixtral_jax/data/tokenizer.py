@@ -93,6 +93,11 @@ class Tokenizer:
         """The serialised model, from which from_bytes makes an equal tokenizer."""
         return self._processor.serialized_model_proto()
 
+    @property
+    def file_name(self) -> str:
+        """A name for its file from which from_file knows its version again."""
+        return "tokenizer.model.v2" if self.version == "v2" else "tokenizer.model"
+
     def save(self, path: str | os.PathLike) -> None:
         """Write a file for from_file: whole or not at all.
 

@@ -4,7 +4,7 @@ A checkpoint is a folder with two items, and a third where training may go on fr
 
   params      the weights, by name
   run         JSON: config, place in the data, tokenizer (base64), its version where its pieces do
-              not tell, and a checksum of every array
+              not tell, what the data's files were, and a checksum of every array
   optimizer   the rest of the training state
 
 A run keeps one for each saved step, in RUN/checkpoints/STEP.
@@ -26,7 +26,7 @@ from mixtral_jax.interop.strict_json import one_line, quote
 
 FOLDER = "checkpoints"
 PARAMS, RUN = "params", "run"
-_VERSION = "tokenizer_version"
+_VERSION, _FILES = "tokenizer_version", "files"
 _KINDS = {
     "config": dict,
     "data_state": list,
@@ -44,6 +44,8 @@ class Extras(NamedTuple):
     """int64, a line for each row of the batch: where it is in its documents."""
     tokenizer: Tokenizer | None
     validation_loss: float | None
+    files: dict[str, str] | None = None
+    """What Corpus.files was; None for data of no files, and in older checkpoints."""
 
 
 def is_one(path: pathlib.Path) -> bool:
@@ -117,7 +119,8 @@ def extras_of(run: dict) -> Extras:
     if tokenizer is not None:
         suffix = ".v2" if run.get(_VERSION) == "v2" else ""
         tokenizer = Tokenizer.from_bytes(tokenizer, f"tokenizer.model{suffix}")
-    return Extras(config_io.from_dict(run["config"]), data_state, tokenizer, None)
+    config = config_io.from_dict(run["config"])
+    return Extras(config, data_state, tokenizer, None, run.get(_FILES))
 
 
 def run_of(extras: Extras, checksums: dict[str, dict[str, int]]) -> dict:
@@ -130,6 +133,7 @@ def run_of(extras: Extras, checksums: dict[str, dict[str, int]]) -> dict:
         "data_state": extras.data_state.tolist(),
         "tokenizer": tokenizer and base64.b64encode(tokenizer.model_bytes).decode(),
         **version,
+        _FILES: extras.files,
         "checksums": checksums,
     }
 

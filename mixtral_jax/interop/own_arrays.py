@@ -13,12 +13,16 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -35,14 +39,31 @@ def by_path(tree: Any) -> dict[str, jax.Array]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+
+
+@jax.jit
 def _bit_sum(x: jax.Array) -> jax.Array:
-    word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    return jnp.sum(jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32), dtype=jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize])
+    return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+
+
+def _bit_sum_on_cpu(x: jax.Array) -> np.ndarray:
+    """The same: XLA:CPU would write all of the words down first, as many bytes again or twice."""
+    word = _WORDS[x.dtype.itemsize]
+    parts = [np.asarray(s.data) for s in x.addressable_shards if s.replica_id == 0]
+    sums = [np.sum(np.ascontiguousarray(part).view(word), dtype=np.uint32) for part in parts]
+    return np.sum(np.array(sums), dtype=np.uint32)
 
 
 def checksums(tree: Any) -> dict[str, int]:
     """For each array, the sum of its elements' bit patterns modulo 2^32."""
-    sums = jax.device_get(jax.jit(lambda t: jax.tree.map(_bit_sum, t))(by_path(tree)))
+
+    def bit_sum(x: jax.Array):
+        here = x.is_fully_addressable and all(d.platform == "cpu" for d in x.devices())
+        return _bit_sum_on_cpu(x) if here else _bit_sum(x)
+
+    sums = jax.device_get({path: bit_sum(x) for path, x in by_path(tree).items()})
     return {path: int(value) for path, value in sums.items()}
 
 
@@ -53,7 +74,7 @@ def restore(path: pathlib.Path, item: str, abstract: Any, run: dict) -> Any:
       InputError: if the item is damaged, naming it.
     """
     try:
-        with ocp.StandardCheckpointer() as checkpointer, _quiet():
+        with ocp.StandardCheckpointer() as checkpointer, quiet():
             arrays = checkpointer.restore(path / item, abstract)
     except Exception as error:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats each task's error
@@ -65,9 +86,10 @@ def restore(path: pathlib.Path, item: str, abstract: Any, run: dict) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """Hide orbax's warnings about sharding files, for the target's shardings are always given, and
     the errors of its threads, which are raised too."""
+    hide_closed_loops()
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -75,6 +97,20 @@ def _quiet():
         yield
     finally:
         logger.setLevel(level)
+
+
+def hide_closed_loops() -> None:
+    """Hide, from now on, what tensorstore has to say to an event loop that an error has closed."""
+    if sys.unraisablehook.__module__ != __name__:
+        sys.unraisablehook = partial(_unless_closed, sys.unraisablehook)
+        sys.unraisablehook.__module__ = __name__
+
+
+def _unless_closed(otherwise: Callable[[Any], None], unraisable: Any) -> None:
+    """Also what orbax's coroutines say that are closed as the program ends."""
+    said = str(unraisable.exc_value)
+    if said != "Event loop is closed" and not said.startswith("sys.meta_path is None"):
+        otherwise(unraisable)
 
 
 def _first_line(error: Exception) -> str:
@@ -116,18 +152,18 @@ def write_model(model: Mixtral, extras: own.Extras, path: pathlib.Path) -> None:
     run = own.run_of(extras, {own.PARAMS: checksums(params)})
     path, threads = path.resolve(), set(threading.enumerate())
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer, _quiet():
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer, quiet():
             items = {own.PARAMS: ocp.args.StandardSave(params), own.RUN: ocp.args.JsonSave(run)}
             checkpointer.save(path, args=ocp.args.Composite(**items))
     except BaseException as error:
-        with _quiet():
+        with quiet():
             _join(set(threading.enumerate()) - threads)
         if jax.process_index() == 0:
             _remove(path)
         # tensorstore says with a ValueError that a disk is full.
         if not isinstance(error, OSError | ValueError | RuntimeError):
             raise
-        raise InputError(f"{one_line(path)} cannot be written: {_reason(error)}") from None
+        raise InputError(f"{one_line(path)} cannot be written: {reason(error)}") from None
 
 
 def _join(threads: set[threading.Thread]) -> None:
@@ -146,6 +182,7 @@ def _remove(path: pathlib.Path) -> None:
         time.sleep(0.1)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """In a few words, why orbax cannot write."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(code[1])) if code else one_line(_first_line(error))

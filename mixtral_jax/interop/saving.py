@@ -115,10 +115,7 @@ TokenizerFiles = Mapping[str, bytes]
 
 def tokenizer_files(tokenizer: Tokenizer | None) -> TokenizerFiles:
     """The file of a tokenizer, under the name that tells its version where the pieces do not."""
-    if tokenizer is None:
-        return {}
-    suffix = ".v2" if tokenizer.version == "v2" else ""
-    return {f"tokenizer.model{suffix}": tokenizer.model_bytes}
+    return {} if tokenizer is None else {tokenizer.file_name: tokenizer.model_bytes}
 
 
 # ---- the forms ---------------------------------------------------------------------------------

@@ -6,17 +6,28 @@ whole, so that a half-written one is never picked up.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import logging
+import math
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from mixtral_jax.config import InputError
+from mixtral_jax.config import InputError, TrainingError
 from mixtral_jax.interop import own
 from mixtral_jax.interop.own import FOLDER, Extras
-from mixtral_jax.interop.own_arrays import by_path, checksums, restore
+from mixtral_jax.interop.own_arrays import (
+    by_path,
+    checksums,
+    hide_closed_loops,
+    reason,
+    restore,
+)
 from mixtral_jax.training.step import TrainState
 
 
@@ -49,6 +60,9 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             cleanup_tmp_directories=True,
         )
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it will raise
+        hide_closed_loops()
+        self._failed = False
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def steps(self) -> list[int]:
@@ -61,15 +75,17 @@ class Checkpoints:
         sums = {"params": checksums(params), "optimizer": checksums(rest)}
         run = own.run_of(extras, sums)
         loss = extras.validation_loss
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                optimizer=ocp.args.StandardSave(rest),
-                run=ocp.args.JsonSave(run),
-            ),
-            metrics={"validation_loss": float("inf") if loss is None else loss},
-        )
+        known = loss is not None and math.isfinite(loss)
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params),
+                    optimizer=ocp.args.StandardSave(rest),
+                    run=ocp.args.JsonSave(run),
+                ),
+                metrics={"validation_loss": loss if known else float("inf")},
+            )
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Extras]:
         """The state and extras of a step, laid out as `abstract` says.
@@ -106,7 +122,7 @@ class Checkpoints:
         """Move the checkpoints newer than a step out of the folder; returns their new paths."""
         moved = []
         for newer in [s for s in self.steps() if s > step]:
-            target = self.folder.parent / f"set-aside-{FOLDER}-{newer}"
+            target = self._free(f"set-aside-{FOLDER}-{newer}")
             if jax.process_index() == 0:
                 (self.folder / str(newer)).rename(target)
             moved.append(target)
@@ -115,10 +131,35 @@ class Checkpoints:
         self._manager.reload()
         return moved
 
+    def _free(self, name: str) -> pathlib.Path:
+        """A path in the run folder where nothing is: this name, or with a number behind it."""
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        return next(path for n in names if not (path := self.folder.parent / n).exists())
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raises: TrainingError: in one line, for what orbax raises where it cannot write."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self._failed = True
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats each task's error
+            raise TrainingError(
+                f"a checkpoint cannot be written to {self.folder}: {reason(error)}; the same "
+                "command goes on from the newest one that is whole"
+            ) from None
+
     def wait(self) -> None:
-        """Return when everything saved is on disk."""
-        self._manager.wait_until_finished()
+        """Return when everything saved is on disk.
+
+        Raises:
+          TrainingError: if it cannot be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
+        if self._failed:  # said already; orbax would raise it again
+            return
         self.wait()
         self._manager.close()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import pathlib
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,14 +19,17 @@ from mixtral_jax.command_line import StartUp, give_back_memory
 from mixtral_jax.config import Config, InputError, TrainingError
 from mixtral_jax.data.batches import train_batches
 from mixtral_jax.data.corpus import Corpus, open_corpus
+from mixtral_jax.data.packing import Batch
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.data.validation import validation_set
 from mixtral_jax.interop import folders
 from mixtral_jax.interop.models import open_checkpoint
 from mixtral_jax.training import report, run_folder
+from mixtral_jax.training.announcement import announcement
 from mixtral_jax.training.checkpoint import FOLDER, Checkpoints, Extras
-from mixtral_jax.training.metrics import Reporter, training_record
+from mixtral_jax.training.metrics import Clock, Reporter, training_record
 from mixtral_jax.training.placement import Placement
+from mixtral_jax.training.signals import heard_anywhere, stop_signals
 from mixtral_jax.training.step import (
     TrainState,
     abstract_train_state,
@@ -45,52 +46,46 @@ def train(config: Config) -> None:
 
     Raises:
       InputError: for what a user can mend; nothing has been written then.
-      TrainingError: if too many steps in a row were not finite.
+      TrainingError: if too many steps in a row were not finite, or the run folder takes no more.
     """
     start_up = StartUp()
     sharding.start(config.mesh)
     mesh = sharding.mesh_from_config(config.mesh)
     start_up.end("devices")
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), run_folder.Hold() as hold:
         kernels_of_step(config)
-        run = Run(config, mesh, start_up)
         try:
-            run.loop()
-        finally:
-            run.close()
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM or SIGINT puts its number in; a second SIGINT interrupts at once."""
-    received: list[int] = []
-
-    def handler(number, frame):
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    old = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, previous in old.items():
-            signal.signal(number, previous)
+            run = Run(config, mesh, start_up, hold)
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"run.dir={config.run.dir} cannot be written: {reason}") from None
+        try:
+            try:
+                run.loop()
+            finally:
+                run.close()
+        except OSError as error:
+            raise TrainingError(f"{config.run.dir} cannot be written: {error}") from None
 
 
 class Run:
     """One training run on one mesh: the state, the data and the files that belong together."""
 
-    def __init__(self, config: Config, mesh: jax.sharding.Mesh, start_up: StartUp):
+    def __init__(
+        self, config: Config, mesh: jax.sharding.Mesh, start_up: StartUp, hold: run_folder.Hold
+    ):
         self.config, self.mesh, self._start_up = config, mesh, start_up
-        self._profiling = False
+        self._profiling, self.last_validation, self._saved = False, None, 0
         begun = run_folder.check(config)
         folder = pathlib.Path(config.run.dir)
+        if begun:
+            hold.take(folder)
         self.placement = Placement(config, mesh)
-        corpus = self.tokenizer = None
+        corpus = self.files = self.tokenizer = None
         if config.data.source == "files":
             corpus = open_corpus(config)
-            self.tokenizer = self._load_tokenizer(folder / run_folder.TOKENIZER, corpus)
+            self.files = corpus.files
+            self.tokenizer = self._load_tokenizer(folders.find_tokenizer(folder), corpus)
         self.batches = train_batches(config, self.tokenizer, self.placement.rows, corpus)
         self.held_out = None
         if config.training.validate_every:
@@ -103,18 +98,19 @@ class Run:
         self.state = self._fresh_state() if checkpoints is None else self._restored(checkpoints)
         start_up.end("state")
         self.folder = run_folder.write(config)
+        hold.take(self.folder)
         if self.tokenizer is not None and jax.process_index() == 0:
-            self.tokenizer.save(self.folder / run_folder.TOKENIZER)
+            self.tokenizer.save(self.folder / self.tokenizer.file_name)
         self.checkpoints = Checkpoints(self.folder, config.training.keep_checkpoints)
         self.reporter = Reporter(self.folder, self.first, config.training.steps)
         self._validation_step = jax.jit(make_validation_step(config))
 
-    def _load_tokenizer(self, cached: pathlib.Path, corpus: Corpus) -> Tokenizer:
+    def _load_tokenizer(self, cached: pathlib.Path | None, corpus: Corpus) -> Tokenizer:
         """The one that the config names, or the one of the checkpoint that it starts from."""
         config = self.config
         if config.data.tokenizer:
             return load_tokenizer(config, cached, corpus)
-        if cached.exists():
+        if cached is not None:
             return Tokenizer.from_file(cached)
         tokenizer = folders.load_tokenizer(config.model.checkpoint, config.model.vocab_size)
         if tokenizer is None:
@@ -140,12 +136,34 @@ class Run:
         """What the checkpoint of the first step holds; the batches go on from there too."""
         config, step = self.config, self.first
         state, extras = checkpoints.restore(step, abstract_train_state(config, self.mesh))
+        self._same_data(extras)
         for path in checkpoints.set_aside_after(step):
             _say(f"moved the newer checkpoint to {path}")
         checkpoints.close()
         self.batches.restore(extras.data_state[self.placement.rows], step)
+        self._saved = step
         _say(f"resuming {config.run.dir} at step {step}")
         return state
+
+    def _same_data(self, extras: Extras) -> None:
+        """Check that the run's files and tokenizer are what they were, as its place in them is.
+
+        Raises:
+          InputError: naming what has changed.
+        """
+        for key, found in (self.files or {}).items():
+            before = (extras.files or {}).get(key, found)
+            if found != before:
+                raise InputError(
+                    f"{key} was {before} and is {found}: go on with the files of the run, or "
+                    f"start another run.dir with model.checkpoint={self.config.run.dir}"
+                )
+        if self.tokenizer is not None and extras.tokenizer is not None:
+            if self.tokenizer.model_bytes != extras.tokenizer.model_bytes:
+                raise InputError(
+                    f"the tokenizer of {self.config.run.dir} has changed: go on with the run's own"
+                )
+            self.tokenizer = extras.tokenizer  # it knows its version
 
     def _fresh_state(self) -> TrainState:
         """Random weights, or those of model.checkpoint."""
@@ -161,36 +179,56 @@ class Run:
         training, steps = self.config.training, self.config.training.steps
         if self.first >= steps:
             _say(f"{self.folder} is complete at step {self.first}: raise training.steps to go on")
+            if not (self.folder / report.FILE).exists():
+                self._finish()
             return
-        self._say_what_runs()
+        for line in announcement(self.config, self.mesh, self.held_out, self.first):
+            _say(line)
         train_step, seconds = self._compiling.result()
         give_back_memory()
         _say(f"compiled in {seconds:.1f} s")
         self._start_up.end("compiling")
-        clock = Clock()
+        clock, dropped = Clock(), 0.0
         with stop_signals() as signals:
             for step in range(self.first + 1, steps + 1):
                 self._profile(step)
-                batch = self.placement(next(self.batches))
+                batch = self._next_batch(step)
                 self.state, metrics = train_step(self.state, batch)
                 metrics = self._check(step, jax.device_get(metrics))
+                dropped += metrics.statistics.dropped.sum()
                 if step == self.first + 1:
                     self._start_up.end("the step")
                     self.reporter.say(self._start_up.report("step"))
                 clock.steps += 1
                 record = None
                 if step % training.log_every == 0 or step == steps:
-                    record = training_record(step, metrics, clock.lap(), self.config)
+                    record = training_record(step, metrics, clock.lap(), dropped, self.config)
                     self.reporter.write(record)
+                    dropped = 0.0
                 self.reporter.advance(step, record)
-                stopping = self._stopping(step, signals)
-                with clock.paused():
-                    self._validate_and_save(step, last=step == steps or stopping)
-                if stopping:
+                if step < steps and heard_anywhere(signals):
+                    # At once: whoever stops it may not wait.
+                    if record is None:
+                        record = training_record(step, metrics, clock.lap(), dropped, self.config)
+                        self.reporter.write(record)
+                    self._save(step, None)
                     self.checkpoints.wait()
                     self.reporter.say(f"stopped by a signal; saved at step {step}")
                     return
+                with clock.paused():
+                    self._validate_and_save(step, int(metrics.skipped_in_a_row))
         self._finish()
+
+    def _next_batch(self, step: int) -> Batch:
+        """The batch of a step; where the data cannot be read, what was trained so far is saved."""
+        try:
+            return self.placement(next(self.batches))
+        except InputError:
+            if jax.process_count() == 1 and step - 1 > self._saved:
+                self._save(step - 1, None)
+                self.checkpoints.wait()
+                self.reporter.say(f"saved at step {step - 1}")
+            raise
 
     def _compile(self) -> tuple[Callable, float]:
         """The step, compiled, and how many seconds that took; for a thread of its own."""
@@ -200,16 +238,6 @@ class Run:
             abstract = abstract_train_state(self.config, self.mesh)
             compiled = step.lower(abstract, self.placement.abstract()).compile()
         return compiled, time.perf_counter() - began
-
-    def _say_what_runs(self) -> None:
-        model, training = self.config.model, self.config.training
-        _say(
-            f"Mixtral of {model.num_parameters:,} parameters, {model.num_active_parameters:,} "
-            f"active; {training.batch_size} x {training.sequence_length} tokens a step on "
-            + describe(self.mesh)
-        )
-        kernels = kernels_of_step(self.config)
-        _say("kernels: " + ", ".join(f"{key} {name}" for key, name in kernels.items()))
 
     def _check(self, step: int, metrics: Any) -> Any:
         """Stop the run if too many steps in a row were skipped."""
@@ -224,15 +252,9 @@ class Run:
             )
         return metrics
 
-    def _stopping(self, step: int, signals: list[int]) -> bool:
-        if jax.process_count() == 1:
-            return bool(signals)
-        told = multihost_utils.process_allgather(np.asarray(bool(signals)))
-        return bool(told.any())
-
     def _profile(self, step: int) -> None:
         steps = self.config.training.profile_range
-        if steps and step == steps[0]:
+        if steps and step == max(steps[0], self.first + 1) <= steps[1]:
             jax.profiler.start_trace(str(self.folder / "profile"))
             self._profiling = True
         if self._profiling and step > steps[1]:
@@ -246,26 +268,37 @@ class Run:
 
     # ---- validation and checkpoints ------------------------------------------------------------
 
-    def _validate_and_save(self, step: int, last: bool) -> None:
-        training = self.config.training
+    def _validate_and_save(self, step: int, skipped: int) -> None:
+        """Where the step is one for it; skipped: steps in a row, the last of them this one."""
+        training, loss = self.config.training, None
+        last = step == training.steps
         save = last or step % training.checkpoint_every == 0
-        loss = None
         if training.validate_every and (save or step % training.validate_every == 0):
             loss = self._validate(step)
-        if save:
-            state = self._global_data_state()
-            extras = Extras(self.config, state, self.tokenizer, loss)
-            self.checkpoints.save(step, self.state, extras)
+        if save and skipped and not last:  # the weights may be at fault, and push out good ones
+            self.reporter.say(f"step {step}: not saved, as {skipped} steps in a row were skipped")
+        elif save:
+            self._save(step, loss)
+
+    def _save(self, step: int, loss: float | None) -> None:
+        state = self._global_data_state()
+        extras = Extras(self.config, state, self.tokenizer, loss, self.files)
+        self.checkpoints.save(step, self.state, extras)
+        self._saved = step
 
     def _validate(self, step: int) -> float:
         """Score the held-out text; writes a validation line and returns the loss."""
         rows = list(range(self.config.training.batch_size))
-        nats = tokens = 0.0
+        nats = tokens = dropped = 0.0
         for batch in self.held_out.batches:
             mine = self.placement(batch, rows)
-            sums = jax.device_get(self._validation_step(self.state.params, mine))
+            sums, lost = jax.device_get(self._validation_step(self.state.params, mine))
             nats, tokens = nats + float(sums.cross_entropy), tokens + float(sums.tokens)
+            dropped += float(lost)
         record = {"step": step, "validation_loss": nats / tokens}
+        model = self.config.model
+        if model.capacity_factor is not None or model.receive_factor is not None:
+            record["validation_dropped_tokens"] = int(dropped)
         if self.held_out.text:
             record["validation_bits_per_byte"] = nats / math.log(2) / len(self.held_out.text)
         self.reporter.write(record)
@@ -294,8 +327,9 @@ class Run:
         if self.held_out is not None and self.held_out.text:
             text = self.held_out.text
             compressors = report.compression_bits_per_byte(text)
-            model = self.last_validation["validation_bits_per_byte"]
-            lines = report.summary_lines(model, compressors, len(text))
+            if self.last_validation is not None:
+                model = self.last_validation["validation_bits_per_byte"]
+                lines = report.summary_lines(model, compressors, len(text))
         balanced = float(self.config.model.num_experts_per_tok)
         path = report.draw_report(self.folder, balanced, compressors, title=self.folder.name)
         if malformed.count:
@@ -308,35 +342,6 @@ class Run:
         self.batches.close()
         self.reporter.close()
         self.checkpoints.close()
-
-
-class Clock:
-    """Mean seconds a step, without the time spent validating and saving."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self._began = time.perf_counter()
-
-    def lap(self) -> float:
-        """Seconds a step since the last lap."""
-        now = time.perf_counter()
-        mean = (now - self._began) / max(self.steps, 1)
-        self._began, self.steps = now, 0
-        return mean
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        now = time.perf_counter()
-        yield
-        self._began += time.perf_counter() - now
-
-
-def describe(mesh: jax.sharding.Mesh) -> str:
-    """For example: 4 devices (cpu), expert 4."""
-    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    device = mesh.devices.flat[0]
-    count = f"{mesh.size} device{'s' if mesh.size > 1 else ''} ({device.device_kind})"
-    return f"{count}, {axes}" if axes else count
 
 
 def _say(text: str) -> None:

@@ -2,18 +2,22 @@
 
 metrics.jsonl has one JSON object a line. Training lines hold step, loss (cross-entropy, nats a
 token), load_balance, router_z, grad_norm, learning_rate, tokens_per_second, step_seconds, mfu
-(where the chip's peak is known), dropped_tokens (assignments dropped for want of capacity),
-skipped_steps, expert_load_max_over_mean (a number a layer) and expert_share (for each layer, each
-expert's share of the assignments). A number that is not finite is null. Validation lines hold step,
-validation_loss (nats a token) and, for text, validation_bits_per_byte.
+(where the chip's peak is known), dropped_tokens (assignments dropped for want of room since the
+line before), skipped_steps, expert_load_max_over_mean (a number a layer) and expert_share (for each
+layer, each expert's share of the assignments). A number that is not finite is null. Validation
+lines hold step, validation_loss (nats a token), validation_dropped_tokens where a bound is set,
+and, for text, validation_bits_per_byte.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pathlib
 import sys
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,8 +29,11 @@ from mixtral_jax.model.flops import peak_flops, training_flops_per_token
 from mixtral_jax.training.step import StepMetrics
 
 
-def training_record(step: int, metrics: StepMetrics, seconds: float, config: Config) -> dict:
-    """One training line, from a step's metrics on the host and the mean seconds a step took."""
+def training_record(
+    step: int, metrics: StepMetrics, seconds: float, dropped: float, config: Config
+) -> dict:
+    """One training line, from a step's metrics on the host, the mean seconds a step took and the
+    assignments dropped since the line before."""
     assignments = np.asarray(metrics.statistics.assignments_E, np.float64)
     share = assignments / np.maximum(assignments.sum(axis=-1, keepdims=True), 1)
     record = {
@@ -38,7 +45,7 @@ def training_record(step: int, metrics: StepMetrics, seconds: float, config: Con
         "learning_rate": float(metrics.learning_rate),
         "tokens_per_second": float(metrics.tokens) / seconds,
         "step_seconds": seconds,
-        "dropped_tokens": int(np.sum(metrics.statistics.dropped)),
+        "dropped_tokens": int(dropped),
         "skipped_steps": int(metrics.skipped),
         "expert_load_max_over_mean": (share.max(axis=-1) * share.shape[-1]).round(4).tolist(),
         "expert_share": share.round(5).tolist(),
@@ -71,6 +78,27 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class Clock:
+    """Mean seconds a step, without the time spent validating and saving."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._began = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds a step since the last lap."""
+        now = time.perf_counter()
+        mean = (now - self._began) / max(self.steps, 1)
+        self._began, self.steps = now, 0
+        return mean
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        now = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - now
+
+
 class Reporter:
     """Writes records on the first host, and moves the progress bar there."""
 
@@ -100,7 +128,7 @@ class Reporter:
         self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
         self._file.flush()
         for name, value in record.items():
-            if isinstance(value, int | float) and name != "step":
+            if isinstance(value, int | float) and math.isfinite(value) and name != "step":
                 self._board.add_scalar(name, value, record["step"])
             elif name == "expert_load_max_over_mean":
                 for layer, load in enumerate(value):

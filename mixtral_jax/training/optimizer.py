@@ -17,11 +17,12 @@ def learning_rate(config: TrainingConfig) -> optax.Schedule:
     peak, warmup = config.learning_rate, config.warmup_steps
     last = peak * config.final_learning_rate_ratio
     rest = max(config.steps - warmup, 1)
-    decay = max(round(config.decay_fraction * config.steps), 1)
     ramp = optax.linear_schedule(0.0, peak, max(warmup, 1))
     if config.schedule == "warmup_stable_decay":
+        decay = round(config.decay_fraction * config.steps)
         start = max(config.steps - decay, warmup)
-        pieces = [ramp, optax.constant_schedule(peak), optax.linear_schedule(peak, last, decay)]
+        decay = optax.linear_schedule(peak, last, max(config.steps - start, 1))
+        pieces = [ramp, optax.constant_schedule(peak), decay]
         return optax.join_schedules(pieces, [warmup, start])
     after = {
         "cosine": optax.cosine_decay_schedule(peak, rest, config.final_learning_rate_ratio),

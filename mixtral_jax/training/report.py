@@ -36,6 +36,7 @@ STYLE = {
     "legend.edgecolor": "none",
     "legend.framealpha": 0.9,
 }
+FILE = "report.png"
 MOST_LABELS = 16
 """More experts than this are drawn without a number each."""
 
@@ -159,7 +160,7 @@ def draw_report(
     training, validation = read_metrics(run_dir / "metrics.jsonl")
     if not training:
         raise ValueError(f"{run_dir / 'metrics.jsonl'} holds no training line to draw")
-    path = run_dir / "report.png"
+    path = run_dir / FILE
     unfinished = run_dir / f".report.{os.getpid()}.png"
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(16, 11), dpi=100, layout="constrained")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import os
 import pathlib
+import socket
+from typing import TextIO
 
 import jax
 
@@ -12,7 +16,8 @@ from mixtral_jax import config_io
 from mixtral_jax.config import Config, InputError, MeshConfig
 
 CONFIG = "config.yaml"
-TOKENIZER = "tokenizer.model"
+_NEW = f"{CONFIG}.tmp"
+LOCK = ".lock"
 
 # What may differ when a run goes on: where and how it computes, not what.
 MAY_CHANGE = {
@@ -50,13 +55,17 @@ def check(config: Config) -> bool:
         raise InputError(f"run.dir={folder}: {parent} is a file: choose another folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"run.dir={folder}: {parent} is not writable: choose another folder")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or not any(path.name not in (_NEW, LOCK) for path in folder.iterdir()):
         return False
     if not (folder / CONFIG).exists():
         raise InputError(
             f"run.dir={folder} holds other files and no {CONFIG}: choose another folder"
         )
-    wrong = differences(config_io.load(folder / CONFIG), config)
+    try:
+        begun = config_io.load(folder / CONFIG)
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG}: {error}; choose another run.dir") from None
+    wrong = differences(begun, config)
     if wrong:
         key, old, new = wrong[0]
         more = f" (and {len(wrong) - 1} more keys)" if len(wrong) > 1 else ""
@@ -76,7 +85,52 @@ def write(config: Config) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() != 0:
         return folder
-    temporary = folder / f"{CONFIG}.tmp"
-    config_io.save(config, temporary)
-    temporary.replace(folder / CONFIG)
+    temporary = folder / _NEW
+    # With the step to resume from, the saved config would go back there each time it is used.
+    run = dataclasses.replace(config.run, resume_step=None)
+    try:
+        config_io.save(dataclasses.replace(config, run=run), temporary)
+        temporary.replace(folder / CONFIG)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
     return folder
+
+
+class Hold:
+    """Keeps other processes from training in a run folder, from `take` to the end of the block."""
+
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def take(self, folder: pathlib.Path) -> None:
+        """Take a folder that exists, if this has not been done.
+
+        Raises:
+          InputError: if another process has it.
+        """
+        if self._file is not None or jax.process_index() != 0:
+            return
+        self._file = (folder / LOCK).open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            raise InputError(
+                f"run.dir={folder} is in use by {holder}: wait for it to end, or choose another "
+                "run.dir"
+            ) from None
+        except OSError:  # a file system without locks
+            return
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()

@@ -181,12 +181,18 @@ def make_train_step(
     return train_step
 
 
-def make_validation_step(config: Config) -> Callable[[nnx.State, Batch], loss_terms.TokenSums]:
-    """A function of (params, batch_MBL) that gives the sums over all real targets."""
+def make_validation_step(
+    config: Config,
+) -> Callable[[nnx.State, Batch], tuple[loss_terms.TokenSums, jax.Array]]:
+    """A function of (params, batch_MBL) that gives the sums over all real targets, and how many
+    assignments were dropped."""
     graphdef, _ = abstract_state(config.model)
 
-    def validation_step(params: nnx.State, batch_MBL: Batch) -> loss_terms.TokenSums:
-        sums = jax.lax.map(lambda batch: _forward(graphdef, params, batch)[0], batch_MBL)
-        return jax.tree.map(jnp.sum, sums)
+    def one(params: nnx.State, batch: Batch):
+        sums, statistics = _forward(graphdef, params, batch)
+        return sums, statistics.dropped
+
+    def validation_step(params: nnx.State, batch_MBL: Batch):
+        return jax.tree.map(jnp.sum, jax.lax.map(partial(one, params), batch_MBL))
 
     return validation_step

@@ -190,6 +190,14 @@ def test_rows_that_share_a_document_start_apart(make_config, tmp_path, start, to
     np.testing.assert_array_equal(next(batches).tokens_BL, next(resumed).tokens_BL)
 
 
+def test_they_do_so_beside_documents_without_text(make_config, tmp_path, start, texts):
+    write_lines(tmp_path / "a.jsonl", [max(texts, key=len), "", None])
+    batches = start(make_config(f"{tmp_path}/*.jsonl"))
+    for _ in range(9):
+        batch = next(batches)
+        assert len({tokens_L.tobytes() for tokens_L in batch.tokens_BL}) == 6
+
+
 # ---- documents that cannot be read, and the thread ---------------------------------------------
 
 

@@ -6,7 +6,7 @@ import pytest
 from tiny import CONFIG, host, initial_state, make_config
 
 from mixtral_jax import sharding
-from mixtral_jax.config import InputError
+from mixtral_jax.config import InputError, TrainingError
 from mixtral_jax.interop import own, own_arrays
 from mixtral_jax.training import checkpoint
 from mixtral_jax.training.step import abstract_train_state
@@ -73,6 +73,34 @@ def test_the_newest_and_the_best_are_kept_also_by_the_next_process(tmp_path):
     assert checkpoint.Checkpoints(tmp_path, 2).steps() == [2, 3, 4]
     save_steps(tmp_path, {5: 4.0}, keep=2).close()
     assert checkpoint.Checkpoints(tmp_path, 2).steps() == [2, 4, 5]
+
+
+@pytest.mark.parametrize("unknown", [float("nan"), float("inf"), None])
+def test_a_loss_that_is_no_number_does_not_push_out_the_best(tmp_path, unknown):
+    checkpoints = save_steps(tmp_path, {1: 1.0, 2: unknown, 3: 1.5, 4: unknown}, keep=1)
+    assert checkpoints.steps() == [1, 4]
+    checkpoints.close()
+
+
+def test_checkpoints_are_set_aside_again_beside_those_before(tmp_path):
+    save_steps(tmp_path, {1: 1.0, 2: 1.0}).close()
+    (tmp_path / "set-aside-checkpoints-2").mkdir()
+    checkpoints = checkpoint.Checkpoints(tmp_path, 10)
+    assert [p.name for p in checkpoints.set_aside_after(1)] == ["set-aside-checkpoints-2-2"]
+    assert checkpoints.steps() == [1]
+    checkpoints.close()
+
+
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path, monkeypatch):
+    checkpoints = save_steps(tmp_path, {1: 1.0})
+
+    def full():
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nat somewhere")
+
+    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", full)
+    with pytest.raises(TrainingError, match=r"cannot be written to .*No space left on device; "):
+        checkpoints.wait()
+    checkpoints.close()  # does not raise it again
 
 
 def test_a_half_written_checkpoint_is_not_seen(tmp_path):

@@ -178,6 +178,15 @@ def test_schedules(schedule, expected):
     np.testing.assert_allclose(got, 2e-3 * np.array(expected), rtol=1e-4, atol=1e-9)
 
 
+def test_a_decay_that_the_warm_up_cuts_short_still_ends_where_it_should():
+    sizes = {"steps": 10, "warmup_steps": 8, "decay_fraction": 0.5, "learning_rate": 1.0}
+    schedule = learning_rate(
+        make_config(training={"schedule": "warmup_stable_decay", **sizes}).training
+    )
+    got = [schedule(step) for step in (8, 9, 10)]
+    np.testing.assert_allclose(got, [1, 0.55, 0.1], rtol=1e-5)
+
+
 def test_a_batch_reaches_the_mesh_in_its_order():
     config = make_config(training={"gradient_accumulation": 2}, mesh={"data": 2, "expert": 2})
     placement = Placement(config, sharding.make_mesh(data=2, expert=2))
