@@ -99,6 +99,7 @@ def make_mesh(
     Raises:
       InputError: if there are fewer devices, or their slices do not divide that axis.
     """
+    MeshConfig(data, fsdp, expert, tensor)  # checks them
     sizes = (data, fsdp, expert, tensor)
     devices = jax.devices() if devices is None else list(devices)
     wanted = math.prod(sizes)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mixtral_jax import sharding
-from mixtral_jax.config import InputError, ModelConfig
+from mixtral_jax.config import InputError, MeshConfig, ModelConfig, check_mesh
 from mixtral_jax.kernels import bits, platform
 from mixtral_jax.kernels.attention import resolve
-from mixtral_jax.model import decoding, remat
+from mixtral_jax.model import decoding, inputs, remat
 from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.cache import Cached, Step, make_cache
 from mixtral_jax.model.int8 import Int8
@@ -106,7 +106,14 @@ class Mixtral(nnx.Module):
 
         Arguments as for `forward`, of any batch size, from the host or from any device: they are
         split over the mesh that is set, or, where none is, over the one that the parameters lie on.
+        The logits may lie split over it, too: np.asarray brings them to the host, and indexing a
+        dimension that is split wants jax.sharding.reshard first.
+
+        Raises:
+          InputError: for what is no batch of ids of this vocabulary, or positions that begin again
+            within a row without segments.
         """
+        inputs.check(tokens_BL, positions_BL, segments_BL, self.config.vocab_size)
         graphdef, state = nnx.split(self)
         with sharding.mesh_of(self.embedding_VD[...]):
             return _logits(graphdef, state, tokens_BL, positions_BL, segments_BL)
@@ -126,7 +133,7 @@ class Mixtral(nnx.Module):
           tokens_BL: int32 ids.
           positions_BL: place of each token in its document; default 0, 1, 2, ...
           segments_BL: number of each token's document, from 1; 0 is padding. Attention stays
-            within a document. Default: one document a row.
+            within a document. Default: one document a row, so positions may not begin again.
           cache: keys and values so far, written to at positions_BL where segments_BL are not 0;
             from `empty_cache`. Then attention goes to all that a row holds up to each position.
           logits_at_B: if given, compute logits only at this index of each row (L becomes 1).
@@ -261,8 +268,8 @@ def _logits(graphdef, state, tokens_BL, positions_BL, segments_BL):
             x = jnp.pad(sharding.shard(x, None, None), ((0, missing), (0, 0)))
         return sharding.shard(x, "batch", None)
 
-    inputs = map(place, (tokens_BL, positions_BL, segments_BL))
-    logits_BLV = nnx.merge(graphdef, state).forward(*inputs).logits_BLV
+    placed = map(place, (tokens_BL, positions_BL, segments_BL))
+    logits_BLV = nnx.merge(graphdef, state).forward(*placed).logits_BLV
     if missing:
         logits_BLV = sharding.shard(logits_BLV, None, None, "vocabulary")[:batch]
     return logits_BLV
@@ -302,7 +309,11 @@ def initialize(config: ModelConfig, key: jax.Array, mesh: jax.sharding.Mesh) -> 
     """A Mixtral with random weights, each made on the devices that own its slice.
 
     The same key gives the same weights on every mesh.
+
+    Raises:
+      InputError: if the model's sizes do not split over the mesh.
     """
+    check_mesh(config, MeshConfig(**mesh.shape))
     graphdef, abstract = abstract_state(config)
     shardings = sharding.param_shardings(abstract, mesh)
     with jax.set_mesh(mesh):
