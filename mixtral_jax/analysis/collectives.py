@@ -71,15 +71,16 @@ class Collective(NamedTuple):
 
 
 def read_collectives(text: str, devices: int) -> list[Collective]:
-    """The collectives of an optimized HLO program, each as often as it stands in the text.
+    """The collectives of an optimized HLO program, each as often as it is run.
 
-    Those among single devices are left out.
+    Those among single devices are left out. One that runs beside other work stands in the text
+    where it starts, in each fusion that carries it on, and where it is done: a chain, counted once.
 
     Args:
       text: what compiled.as_text() gives.
       devices: those that the program runs on.
     """
-    sizes, found, computation = {}, [], ""
+    sizes, found, computation, chains = {}, [], "", set()
     for line in text.splitlines():
         if heading := _COMPUTATION.match(line):
             computation = heading[1]
@@ -93,6 +94,10 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
         kind = opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
+        if chain := re.search(r'chain_id="(\d+)"', rest):
+            if chain[1] in chains:
+                continue
+            chains.add(chain[1])
         group = _first_group(rest, devices)
         buffer = _buffer_bytes(kind, opcode, sizes, name, rest, len(group))
         if kind == "all-reduce" and computation.startswith(_FUSED_SCATTER):

@@ -18,6 +18,15 @@ PROGRAM = """
   %all-reduce.9 = bf16[6,10]{1,0} all-reduce(%x), channel_id=9, replica_groups=[2,2]<=[2,2]T(1,0)
 }
 
+%start (x: f32[5,3]) -> (f32[5,3], f32[5,6]) {
+  %g.1 = f32[5,6]{1,0} all-gather(%x), channel_id=3, replica_groups={{0,2},{1,3}}, a={chain_id="0"}
+  ROOT %n = (f32[5,3], f32[5,6]) custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (x: f32[5,3]) -> f32[5,6] {
+  %g.2 = f32[5,6]{1,0} all-gather(%x), channel_id=3, replica_groups={{0,2},{1,3}}, a={chain_id="0"}
+}
+
 ENTRY %main (a: f32[5,3]) -> f32[5,12] {
   %b = bf16[40,7]{1,0:T(8,128)(2,1)} parameter(1)
   %c = bf16[90,7]{1,0} parameter(2)
@@ -37,6 +46,7 @@ def test_collectives_are_read_from_a_program():
     found = collectives.read_collectives(PROGRAM, 4)
     assert [(c.kind, c.buffer_bytes, c.group) for c in found] == [
         ("reduce-scatter", 120, (0, 2)),
+        ("all-gather", 120, (0, 2)),
         ("all-gather", 240, (0, 1, 2, 3)),
         ("all-gather", 120, (0, 2)),
         ("reduce-scatter", 120, (0, 1)),
@@ -44,7 +54,7 @@ def test_collectives_are_read_from_a_program():
         ("collective-permute", 32, (1, 3)),
         ("all-reduce", 12, (0, 2)),
     ]
-    assert [c.sent_bytes for c in found] == [60, 180, 60, 60, 280, 32, 12]
+    assert [c.sent_bytes for c in found] == [60, 60, 180, 60, 60, 280, 32, 12]
 
 
 def fake_slice(kind, *shape, slices=1):

@@ -105,6 +105,22 @@ def test_compiled_flops_are_those_of_the_model_and_the_buffers(libtpu, optimized
 
 
 @compiles
+def test_a_gather_that_runs_beside_other_work_counts_once(libtpu, optimized):
+    """Every matrix once, in bfloat16 but for the router's; norms lie whole."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 1024, "head_dim": 128}
+    training = {"batch_size": 8, "sequence_length": 512}
+    model = {**sizes, "num_hidden_layers": 1, "max_position_embeddings": 512}
+    config = make_config(model=model, training=training, mesh={"fsdp": 4})
+    target = topology.get_slice("v5e:2x2")
+    mesh = topology.make_mesh(config.mesh, target)
+    found = prices.price_of_layers(config, mesh, target, 1)
+    router = 512 * 4
+    matrices = config.model.num_parameters - router - 3 * 512
+    sent = 3 / 4 * (2 * matrices + 4 * router)
+    assert found.collectives["all-gather"]["bytes"] == pytest.approx(sent, rel=1e-3)
+
+
+@compiles
 def test_a_model_that_does_not_fit_is_reported_with_exit_code_1(
     libtpu, tmp_path, capsys, monkeypatch
 ):
