@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     result = fit(
         arguments.model,
         arguments.topology,
-        values.get("mesh", {}),
+        vars(config_io.build(MeshConfig, values.get("mesh"), "mesh")),
         arguments.batch,
         arguments.context,
         values.get("model", {}).get("exchange", ""),

@@ -318,13 +318,11 @@ def deployment_from_overrides(overrides: Sequence[str]) -> Deployment:
     allowed = [*(f"mesh.{axis}" for axis in axes), *(f"model.{key}" for key in model_keys)]
     values: dict[str, dict[str, Any]] = config_io.apply_overrides({}, overrides)
     for section, keys in values.items():
-        for key, value in keys.items():
+        for key in keys:
             name = f"{section}.{key}"
             if name not in allowed:
                 raise InputError(f"{name} cannot be set when sampling, only {', '.join(allowed)}")
-            if section == "mesh" and type(value) is not int:
-                raise InputError(f"{name}={value!r} must be a whole number")
     given = values.get("model", {})
     model = {key: "" if value is None else value for key, value in given.items()}
     ModelConfig(**model)  # checks the values
-    return Deployment(MeshConfig(**values.get("mesh", {})), **model)
+    return Deployment(config_io.build(MeshConfig, values.get("mesh"), "mesh"), **model)
