@@ -92,7 +92,7 @@ def _sources(name: str, value: object) -> tuple[SourceConfig, ...]:
         if isinstance(entry, str):
             made.append(SourceConfig(files=entry))
         elif isinstance(entry, dict):
-            made.append(_build(SourceConfig, entry, name))
+            made.append(build(SourceConfig, entry, name))
         else:
             raise InputError(f"{name}: {entry!r} is neither a glob nor {{files: GLOB, weight: W}}")
     return tuple(made)
@@ -122,8 +122,12 @@ def _convert(name: str, value: object, annotation: object) -> object:
     raise InputError(f"{name}={value!r} must be {wanted}")
 
 
-def _build(cls: type, values: object, prefix: str) -> typing.Any:
-    """A dataclass from a mapping; unknown keys and wrong types are named with their full path."""
+def build(cls: type, values: object, prefix: str) -> typing.Any:
+    """A dataclass from a mapping; unknown keys and wrong types are named with their full path.
+
+    Raises:
+      InputError: as from_dict.
+    """
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -135,7 +139,7 @@ def _build(cls: type, values: object, prefix: str) -> typing.Any:
         if key not in hints:
             raise InputError(f"unknown config key {name}{_nearest(str(key), hints)}")
         if dataclasses.is_dataclass(hints[key]):
-            made[key] = _build(hints[key], value, name)
+            made[key] = build(hints[key], value, name)
         else:
             made[key] = _convert(name, value, hints[key])
     if cls is ModelConfig:
@@ -151,7 +155,7 @@ def from_dict(values: dict) -> Config:
     Raises:
       InputError: for an unknown key (with the nearest valid one), a wrong type or a bad value.
     """
-    return _build(Config, values, "")
+    return build(Config, values, "")
 
 
 def to_dict(config: typing.Any) -> dict:
@@ -215,7 +219,7 @@ def read_yaml(path: str | pathlib.Path) -> dict:
 _FREE = {"max_position_embeddings", "load_balance_weight"}
 
 
-def _with_sizes(values: dict, sizes_of: typing.Callable[[str], dict]) -> dict:
+def with_sizes(values: dict, sizes_of: typing.Callable[[str], dict]) -> dict:
     """Values whose model has the sizes of the checkpoint that it starts from."""
     model = values.get("model")
     checkpoint = model.get("checkpoint") if isinstance(model, dict) else None
@@ -262,7 +266,7 @@ def load(
     if isinstance(run := values.get("run"), dict):
         folder = str(run.get("dir") or folder)
     if sizes_of is not None:
-        values = _with_sizes(values, functools.partial(sizes_of, run_dir=folder))
+        values = with_sizes(values, functools.partial(sizes_of, run_dir=folder))
     config = from_dict(values)
     return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder))
 

@@ -11,7 +11,6 @@ visits them at random, and its share of the cache.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,11 +24,12 @@ from mixtral_jax import config_io, sharding
 from mixtral_jax.analysis import prices, topology
 from mixtral_jax.analysis.compile_report import aligned, check_kernels, check_path, estimates, write
 from mixtral_jax.analysis.memory import bytes_of, memory_of
-from mixtral_jax.config import Config, InputError, ModelConfig
+from mixtral_jax.config import Config, InputError, MeshConfig, ModelConfig
 from mixtral_jax.generation.engine import PART
 from mixtral_jax.generation.programs import ENDS, Lanes, Rows, empty, functions
 from mixtral_jax.generation.rows import lanes_of, length_of
 from mixtral_jax.generation.sampling import Parameters
+from mixtral_jax.interop import folders
 from mixtral_jax.kernels import cached_attention
 from mixtral_jax.model.cache import places
 from mixtral_jax.model.mixtral import abstract_state, chosen_kernels
@@ -62,12 +62,12 @@ def read_config(path: str, overrides: Sequence[str]) -> Config:
       InputError: with one line that names the value and what was expected.
     """
     values = config_io.apply_overrides(config_io.read_yaml(path), overrides)
-    mesh = values.get("mesh") or {}
-    devices = math.prod(n for n in mesh.values() if type(n) is int)
-    training = {"sequence_length": 1, "batch_size": max(devices, 1)}  # that splits over any mesh
-    return config_io.from_dict(
-        {"model": values.get("model") or {}, "mesh": mesh, "training": training}
-    )
+    values = config_io.with_sizes(values, folders.training_sizes)
+    devices = config_io.build(MeshConfig, values.get("mesh"), "mesh").size
+    training = {"sequence_length": 1, "batch_size": devices}  # that splits over any mesh
+    shown = {name: values.get(name) for name in ("model", "mesh")}
+    # Of the other sections only the names are looked at.
+    return config_io.from_dict({**dict.fromkeys(values), **shown, "training": training})
 
 
 class Program(NamedTuple):

@@ -13,14 +13,35 @@ import dataclasses
 import json
 import math
 import pathlib
+import shlex
 import sys
 from typing import Any
 
 from mixtral_jax import command_line, config_io
 from mixtral_jax.analysis import chips, search
-from mixtral_jax.config import DTYPES, Config, InputError, MeshConfig
+from mixtral_jax.config import (
+    DTYPES,
+    PRESETS,
+    Config,
+    InputError,
+    MeshConfig,
+    ModelConfig,
+    check_choice,
+)
+from mixtral_jax.interop import folders
 
 BASE = "configs/planned.yaml"
+FREE = ("remat", "exchange", "receive_factor")
+"""Keys of the model that are searched where no override says what they are."""
+ELSEWHERE = {
+    "training.batch_size": "name it as --batch-size",
+    "training.gradient_accumulation": "it follows from the batch: name --batch-size",
+    "training.sequence_length": "name it as --sequence-length",
+    "model.param_dtype": "name it as --param-dtype",
+    "model.capacity_factor": "plans bound the buffers by model.receive_factor",
+    "model.preset": "name it as --model",
+}
+"""Keys that no override may have, as the planner chooses them or has a flag for them."""
 
 
 def make_parser() -> command_line.Parser:
@@ -43,22 +64,63 @@ def make_parser() -> command_line.Parser:
 
 def base_config(arguments: argparse.Namespace) -> Config:
     """The config whose mesh, batch and policies are to be chosen."""
-    overrides = list(arguments.overrides)
+    overrides = [text for text in arguments.overrides if not text.startswith("mesh.")]
     if arguments.model is not None:
+        check_choice("--model", arguments.model, tuple(PRESETS))
         overrides.insert(0, f"model.preset={arguments.model}")
     if arguments.sequence_length is not None:
         overrides.append(f"training.sequence_length={arguments.sequence_length}")
     if arguments.config is None:
         values = config_io.apply_overrides({"data": {"source": "synthetic"}}, overrides)
-        return config_io.from_dict(values)
-    return config_io.load(arguments.config, overrides)
+        return config_io.from_dict(config_io.with_sizes(values, folders.training_sizes))
+    return config_io.load(arguments.config, overrides, folders.training_sizes)
+
+
+def choices_of(arguments: argparse.Namespace) -> search.Choices:
+    """What is searched, and what the flags and overrides have chosen.
+
+    Raises:
+      InputError: for an override that a flag stands for, or of what the planner alone decides.
+    """
+    for text in arguments.overrides:
+        if (why := ELSEWHERE.get(text.partition("=")[0])) is not None:
+            raise InputError(f"{text}: {why}")
+    given = config_io.apply_overrides({}, arguments.overrides)
+    model = config_io.build(ModelConfig, given.get("model"), "model")
+    mesh = config_io.build(MeshConfig, given.get("mesh"), "mesh")
+    return search.Choices(
+        (arguments.param_dtype,) if arguments.param_dtype else DTYPES,
+        arguments.batch_size,
+        {axis: getattr(mesh, axis) for axis in given.get("mesh", {})},
+        {key: getattr(model, key) for key in FREE if key in given.get("model", {})},
+    )
+
+
+def slice_of(name: str) -> chips.SliceName:
+    """What a slice's name says.
+
+    Raises:
+      InputError: as chips.parse, or for GPUs.
+    """
+    try:
+        return chips.parse(name)
+    except InputError:
+        from mixtral_jax.analysis import gpus  # only now: it loads JAX
+
+        if gpus.names(name):
+            raise InputError(
+                f"--topology {name}: plans are for TPU slices; of GPUs, train.py --compile-only "
+                "says what a config takes of their memory"
+            ) from None
+        raise
 
 
 def command(arguments: argparse.Namespace, base: Config, plan: search.Plan) -> str:
     """The command that compiles a plan."""
-    parts = ["python train.py --config", arguments.config or BASE, *arguments.overrides]
+    parts = ["python", "train.py", "--config", arguments.config or BASE]
     if arguments.model is not None:
         parts.append(f"model.preset={arguments.model}")
+    parts += arguments.overrides
     sections = (
         ("model", ("param_dtype", "remat", "exchange", "receive_factor", "capacity_factor")),
         ("mesh", [field.name for field in dataclasses.fields(MeshConfig)]),
@@ -70,10 +132,10 @@ def command(arguments: argparse.Namespace, base: Config, plan: search.Plan) -> s
             value = getattr(getattr(plan.config, section), name)
             if value != getattr(getattr(plain, section), name):
                 parts.append(f"{section}.{name}={'null' if value is None else value}")
-    parts.append(f"--compile-only {arguments.topology}")
+    parts += ["--compile-only", arguments.topology]
     if arguments.slices > 1:
-        parts.append(f"--slices {arguments.slices}")
-    return " ".join(parts)
+        parts += ["--slices", str(arguments.slices)]
+    return shlex.join(parts)
 
 
 def describe(plan: search.Plan, command: str) -> dict[str, Any]:
@@ -152,12 +214,17 @@ def compile_best(plans: list[search.Plan], shown: list[dict], arguments) -> None
     count = min(arguments.compile, len(plans))
     for number, (plan, described) in enumerate(zip(plans[:count], shown[:count])):
         print(f"compiling {number + 1} of {count}, which takes minutes", file=sys.stderr)
-        found = compile_report(plan.config, arguments.topology, arguments.slices)
-        described["compiled"] = found
+        try:
+            found = compile_report(plan.config, arguments.topology, arguments.slices)
+        except InputError as error:  # the other plans stand
+            print(f"plan {number + 1} is not compiled: {error}", file=sys.stderr)
+        else:
+            described["compiled"] = found
 
     def rank(described):
         report = described["compiled"]
-        return -report["estimated_tokens_per_second_per_chip"] if report["fits"] else math.inf
+        known = report is not None and report["fits"]
+        return -report["estimated_tokens_per_second_per_chip"] if known else math.inf
 
     shown[:count] = sorted(shown[:count], key=rank)
 
@@ -173,12 +240,12 @@ def run(arguments: argparse.Namespace) -> int:
     path = pathlib.Path(arguments.report)
     if arguments.report and not path.absolute().parent.is_dir():
         raise InputError(f"--report {path}: there is no folder {path.parent}")
-    target, base = chips.parse(arguments.topology), base_config(arguments)
-    dtypes = (arguments.param_dtype,) if arguments.param_dtype else DTYPES
-    choices = search.Choices(dtypes, arguments.batch_size)
+    choices, base = choices_of(arguments), base_config(arguments)
+    target = slice_of(arguments.topology)
     plans = search.plans(base, target, arguments.slices, choices)
     if not plans:
-        print(f"nothing fits on {arguments.slices} x {arguments.topology}: use more chips")
+        where = f"{arguments.slices} x {arguments.topology}"
+        print(search.why_none(base, target, arguments.slices, choices).format(where=where))
         return 1
     shown = [describe(plan, command(arguments, base, plan)) for plan in plans]
     if arguments.compile:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from mixtral_jax.analysis import torus
@@ -44,9 +45,13 @@ class Choices(NamedTuple):
     param_dtypes: tuple[str, ...] = ("float32", "bfloat16")
     batch_size: int | None = None
     """Sequences in a step, made of as many microbatches as it takes; None is free."""
+    mesh: Mapping[str, int] = types.MappingProxyType({})
+    """Axes that are to have this size."""
+    model: Mapping[str, object] = types.MappingProxyType({})
+    """Of remat, exchange and receive_factor, those that are to be this."""
 
 
-def meshes(base: Config, target: SliceName, slices: int) -> Iterator[MeshConfig]:
+def meshes(base: Config, target: SliceName, slices: int, choices: Choices) -> Iterator[MeshConfig]:
     """The meshes over all devices that the model's sizes split over and that fit the torus."""
     devices = target.devices * slices
     sizes = [n for n in range(1, devices + 1) if devices % n == 0]
@@ -54,6 +59,8 @@ def meshes(base: Config, target: SliceName, slices: int) -> Iterator[MeshConfig]
         if devices % (data * fsdp * expert):
             continue
         mesh = MeshConfig(data, fsdp, expert, devices // (data * fsdp * expert))
+        if not choices.mesh.items() <= vars(mesh).items():
+            continue
         try:
             check_mesh(base.model, mesh)
         except InputError:
@@ -78,7 +85,7 @@ def plans(base: Config, target: SliceName, slices: int, choices: Choices) -> lis
     Plans that do not fit are left out.
     """
     best: dict[tuple, Plan] = {}
-    for mesh in meshes(base, target, slices):
+    for mesh in meshes(base, target, slices, choices):
         for config in _configs(base, mesh, choices, target):
             plan = judge(config, target, slices)
             known = best.get(plan.key)
@@ -87,6 +94,20 @@ def plans(base: Config, target: SliceName, slices: int, choices: Choices) -> lis
             ):
                 best[plan.key] = plan
     return sorted(best.values(), key=lambda plan: -plan.tokens_per_second)
+
+
+def why_none(base: Config, target: SliceName, slices: int, choices: Choices) -> str:
+    """Why there is no plan for {where}."""
+    found = list(meshes(base, target, slices, choices))
+    copies = all(mesh.size == mesh.data for mesh in found)  # of what does not fit one device
+    if copies and target.devices * slices > 1:
+        return "no mesh over the devices of {where} splits the model's sizes: use another slice"
+    if not any(_batches(mesh.batch_shards, choices.batch_size) for mesh in found):
+        batch = choices.batch_size
+        return f"--batch-size {batch} does not split over any mesh on {{where}}: use another"
+    if not any(_exchanges(mesh, choices, target) for mesh in found):
+        return "no mesh on {where} has experts to exchange between: leave model.exchange out"
+    return "nothing fits on {where}: use more chips"
 
 
 def fits(plan: Plan, target: SliceName) -> bool:
@@ -106,12 +127,9 @@ def _configs(
     base: Config, mesh: MeshConfig, choices: Choices, target: SliceName
 ) -> Iterator[Config]:
     """The base on a mesh with every policy, exchange of the chip's, type and size of batch."""
-    exchanges = [("", None)]
-    if mesh.expert > 1:
-        exchanges = [("padded", RECEIVE_FACTOR)]
-        if target.chip.device_kind not in WITHOUT_RAGGED:
-            exchanges += [("ragged", None), ("ragged", RECEIVE_FACTOR)]
+    exchanges = _exchanges(mesh, choices, target)
     policies = [name for name in REMAT_POLICIES if name != "none" or base.model.remat == "none"]
+    policies = [choices.model["remat"]] if "remat" in choices.model else policies
     for remat, (exchange, factor), dtype in itertools.product(
         policies, exchanges, choices.param_dtypes
     ):
@@ -128,6 +146,21 @@ def _configs(
                 base.training, batch_size=batch, gradient_accumulation=steps
             )
             yield dataclasses.replace(base, model=model, mesh=mesh, training=training)
+
+
+def _exchanges(mesh: MeshConfig, choices: Choices, target: SliceName) -> list[tuple]:
+    """(exchange, receive_factor)."""
+    named = choices.model.get("exchange")
+    if mesh.expert == 1:
+        return [("", None)] if named in (None, "", "local") else []
+    names = ["padded"] + ["ragged"] * (target.chip.device_kind not in WITHOUT_RAGGED)
+    names = [named] if named else names
+    if "receive_factor" in choices.model:
+        return [(name, choices.model["receive_factor"]) for name in names]
+    # The worst case in buckets of one size is more than is worth trying.
+    return [(name, RECEIVE_FACTOR) for name in names] + [
+        (name, None) for name in names if name == "ragged"
+    ]
 
 
 def _batches(shards: int, wanted: int | None) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from tiny import MODEL, TRAINING
 
 from mixtral_jax import config_io
 from mixtral_jax.analysis import chips, plan, search
-from mixtral_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
+from mixtral_jax.config import Config, DataConfig, InputError, ModelConfig, TrainingConfig
 
 BASE = Config(
     ModelConfig(preset="mixtral_8x7b"),
@@ -68,7 +68,7 @@ def test_a_batch_asked_for_is_made_of_microbatches():
 
 def test_slices_lie_on_data_or_on_fsdp_alone():
     target = chips.parse("v5p:2x2x1")
-    for mesh in search.meshes(BASE, target, 2):
+    for mesh in search.meshes(BASE, target, 2, search.Choices()):
         assert mesh.size == 8
         assert (mesh.data if mesh.data > 1 else mesh.fsdp) % 2 == 0
 
@@ -118,9 +118,88 @@ def test_the_best_are_compiled(tmp_path, capsys, optimized):
     assert "--compile-only v5e:1x1" in best["command"]
 
 
-def test_a_model_too_large_is_said_so(capsys):
-    assert plan.main([*FLAGS, "--topology", "v5e:2x2"]) == 1
-    assert "nothing fits on 1 x v5e:2x2: use more chips" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--topology", "v5e:2x2"], "nothing fits on 1 x v5e:2x2: use more chips"),
+        (["--topology", "v5p:5x5x5"], "no mesh over the devices of 1 x v5p:5x5x5 splits the model"),
+        (["--topology", "v5p:4x4x4", "mesh.fsdp=3"], "no mesh over the devices of 1 x v5p:4x4x4"),
+        (
+            ["--topology", "v5p:4x4x4", "--batch-size", "7", "mesh.expert=8"],
+            "--batch-size 7 does not split over any mesh on 1 x v5p:4x4x4",
+        ),
+        (
+            ["--topology", "v5p:4x4x4", "mesh.fsdp=64", "model.exchange=ragged"],
+            "no mesh on 1 x v5p:4x4x4 has experts to exchange between",
+        ),
+    ],
+)
+def test_why_there_is_no_plan_is_said(capsys, flags, said):
+    assert plan.main([*FLAGS, *flags]) == 1
+    assert said in capsys.readouterr().out
+
+
+def test_overrides_choose(tmp_path, capsys):
+    file = tmp_path / "plans.json"
+    chosen = [
+        "mesh.expert=4",
+        "model.remat=full",
+        "model.exchange=padded",
+        "model.receive_factor=3",
+    ]
+    flags = ["--topology", "v5p:4x4x4", "--param-dtype", "float32", "--report", str(file)]
+    assert plan.main([*FLAGS, *flags, *chosen, "run.dir=a b"]) == 0
+    capsys.readouterr()
+    report = json.loads(file.read_text())
+    assert len(report) > 3
+    for described in report:
+        assert described["mesh"]["expert"] == 4
+        assert (described["remat"], described["exchange"]) == ("full", "padded")
+        assert described["receive_factor"] == 3
+        assert "run.dir=a b" in shlex.split(described["command"])
+
+
+def test_a_model_that_starts_from_weights_has_their_sizes(tmp_path, capsys):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"")
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+    }
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    sizes |= {
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    }
+    kind = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(sizes | kind))
+    path = tmp_path / "small.yaml"
+    path.write_text(f"model: {{checkpoint: {folder}}}\ndata: {{source: synthetic}}\n")
+    flags = ["--config", str(path), "--topology", "v5e:2x2", "--compile", "0", "--top", "1"]
+    assert plan.main(flags) == 0
+    assert "python train.py" in capsys.readouterr().out
+    assert plan.main([*flags, f"model.checkpoint={tmp_path}/none"]) == 2
+    assert "none does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.tpu_compile
+def test_a_plan_that_is_not_compiled_leaves_the_others(capsys, monkeypatch):
+    from mixtral_jax.analysis import compile_report
+
+    def refused(config, name, slices):
+        raise InputError("libtpu is not installed")
+
+    monkeypatch.setattr(compile_report, "compile_report", refused)
+    flags = ["--model", "mixtral_8x7b", "--topology", "v5p:4x4x4", "--compile", "2", "--top", "3"]
+    assert plan.main(flags) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("is not compiled: libtpu is not installed") == 2
+    assert shown.out.count("python train.py") == 3
 
 
 @pytest.mark.parametrize(
@@ -128,7 +207,7 @@ def test_a_model_too_large_is_said_so(capsys):
     [
         (["--topology", "v9:4x4"], "'v9:4x4' must look like v5p:4x4x4"),
         (["--topology", "v5p:4x4"], "'v5p:4x4' has 2 axes and v5p 3"),
-        (["--topology", "v5p:4x4x4", "--model", "mixtral"], "model.preset='mixtral' is not one of"),
+        (["--topology", "v5p:4x4x4", "--model", "mixtral"], "--model='mixtral' is not one of"),
         (
             ["--topology", "v5p:4x4x4", "--sequence-length", "40000"],
             "sequence_length=40000 is more",
@@ -136,6 +215,11 @@ def test_a_model_too_large_is_said_so(capsys):
         (["--topology", "v5p:4x4x4", "--slices", "0"], "--slices 0 must be at least 1"),
         (["--topology", "v5p:4x4x4", "--compile", "-1"], "--compile -1 must be at least 0"),
         (["--topology", "v5p:4x4x4", "--report", "/no/such/x"], "there is no folder /no/such"),
+        (["--topology", "v5p:4x4x4", "--model", ""], "--model='' is not one of"),
+        (["--topology", "h200:8"], "--topology h200:8: plans are for TPU slices"),
+        (["--topology", "v5p:4x4x4", "training.batch_size=64"], "name it as --batch-size"),
+        (["--topology", "v5p:4x4x4", "model.preset=mixtral_8x22b"], "name it as --model"),
+        (["--topology", "v5p:4x4x4", "mesh.expret=4"], "did you mean expert?"),
         ([], "--topology"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
