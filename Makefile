@@ -15,7 +15,7 @@ VENV ?= .venv
 ARGS ?=
 WORKERS ?= 2
 
-RUN := runs/quickstart
+RUN := $(or $(patsubst run.dir=%,%,$(lastword $(filter run.dir=%,$(ARGS)))),runs/quickstart)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Stamps: newer than the requirements file that was installed last.
