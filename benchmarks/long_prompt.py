@@ -18,7 +18,7 @@ import measure
 import ours
 
 from mixtral_jax import sharding
-from mixtral_jax.config import MeshConfig
+from mixtral_jax.config import InputError, MeshConfig
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,6 +31,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
     prompt, others = arguments.prompt, arguments.others
+    if prompt < 2 * arguments.part:
+        raise InputError(
+            f"--prompt {prompt} must be at least twice --part {arguments.part}, so that the others "
+            "have steps between its parts"
+        )
     config = ours.load(arguments.config, arguments.overrides).model.dropless()
     config = dataclasses.replace(config, max_position_embeddings=prompt + 1)
     sharding.start(MeshConfig())

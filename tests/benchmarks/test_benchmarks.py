@@ -208,6 +208,7 @@ def test_load(command, tmp_path):
         ("load", ["--folder", "/no/such"], ["--folder /no/such"]),
         ("train", ["--config", "no.yaml"], ["no.yaml"]),
         ("decode", ["--new", "1"], ["--new 1"]),
+        ("long_prompt", ["--prompt", "100"], ["--prompt 100", "--part 256"]),
         ("serve", ["--prefix", "1000"], ["longest request", "context of 1024"]),
         ("peers", ["train", "--only", "me"], ["--only 'me'", "mixtral_jax"]),
         ("peers", ["sleep"], ["sleep", "train"]),
