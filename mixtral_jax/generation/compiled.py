@@ -66,18 +66,20 @@ class Programs:
 
     def _future(self, name: str, arguments, shape: tuple[int, ...], options: dict) -> Future:
         key = (name, shape, *sorted(options.items()))
-        with self._lock:
-            future = self._compiled.get(key)
-            mine = future is None
-            if mine:
-                future = self._compiled[key] = Future()
-        if mine:
-            try:
+        future = mine = None
+        try:
+            with self._lock:
+                future = self._compiled.get(key)
+                if future is None:
+                    future = mine = self._compiled[key] = Future()
+            if mine is not None:
                 with jax.set_mesh(self._mesh):
                     lowered = self._functions[name].lower(*arguments, **options)
-                    future.set_result(lowered.compile(compiler_options=self._options))
-            except BaseException as error:
-                with self._lock:
-                    del self._compiled[key]
-                future.set_exception(error)
+                    mine.set_result(lowered.compile(compiler_options=self._options))
+        except BaseException as error:  # Ctrl-C too, anywhere: no one may wait for it for ever
+            if mine is None or mine.done():
+                raise
+            with self._lock:
+                del self._compiled[key]
+            mine.set_exception(error)
         return future

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -19,14 +19,28 @@ from mixtral_jax.generation.rows import Part
 class Devices:
     """A model's parameters, the progress of its rows, and the programs that move it on."""
 
-    def __init__(self, programs: Programs, params: nnx.State, progress: Progress, placing: Placing):
+    def __init__(
+        self,
+        programs: Programs,
+        params: nnx.State,
+        empty: Callable[[], Progress],
+        placing: Placing,
+    ):
+        """Args: empty: makes a progress in which nothing is live, with the mesh set."""
         self.params = params
-        self.progress = progress
+        self._empty = empty
         self._programs = programs
         self._placing = placing
         self._asked: list[Task | None] | None = None
         self._rows: Rows | None = None
         self._alive: tuple[set[int], jax.Array] | None = None
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget the progress of all rows, even where a program has taken its memory."""
+        self.progress: Progress | None = None  # frees it before the next is made
+        with jax.set_mesh(self._placing.mesh):
+            self.progress = self._empty()
 
     @property
     def compiled(self) -> int:

@@ -108,10 +108,9 @@ class Engine:
         else:
             model = in_layers(model, consume=consume)
         graphdef, params = nnx.split(model)
-        with jax.set_mesh(mesh):
-            progress = jax.jit(partial(empty, model, self.rows, length, dtype))()
+        fresh = jax.jit(partial(empty, model, self.rows, length, dtype))
         placing = Placing(mesh, self.rows, shards)
-        self._devices = Devices(Programs(graphdef, mesh, options), params, progress, placing)
+        self._devices = Devices(Programs(graphdef, mesh, options), params, fresh, placing)
         self._scheduler = Scheduler(self._devices, placing, length, part)
         self._chosen_experts = ChosenExperts(graphdef, self.config, placing)
         self._busy = False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +47,7 @@ class Scheduler:
         """Args: places: of a row; part: most tokens of a prompt between two decoding steps."""
         self._devices, self._placing, self._places, self._part = devices, placing, places, part
         self._rows = [Row() for _ in range(placing.rows)]
+        self._torn = False  # while what rows hold may not be what is noted of them
         self._lanes: list[list[Task]] = [[] for _ in range(placing.shards)]
         self._clock = 0
         self.fresh = True
@@ -52,20 +55,22 @@ class Scheduler:
 
     def warm_up(self, score: bool) -> None:
         """Compile every shape, those of scored prompts too if asked to."""
-        length = LEAST_PART
-        while length <= min(self._part, self._places):
-            for lanes in {1, self._lanes_of(length)}:
-                self._devices.extend(self._asked(), {}, (lanes, length), False)
-            if score:
-                self._devices.extend(self._asked(), {}, (1, length), True)
-            length *= 2
-        self._devices.decode(self._asked(), ())
-        self._devices.copy(0, 0)
-        self._devices.mark({})
-        self.fresh = False
+        with self._whole():
+            length = LEAST_PART
+            while length <= min(self._part, self._places):
+                for lanes in {1, self._lanes_of(length)}:
+                    self._devices.extend(self._asked(), {}, (lanes, length), False)
+                if score:
+                    self._devices.extend(self._asked(), {}, (1, length), True)
+                length *= 2
+            self._devices.decode(self._asked(), ())
+            self._devices.copy(0, 0)
+            self._devices.mark({})
+            self.fresh = False
 
     def begin(self) -> None:
-        """Where cores are many, compile decoding while the first part of a prompt compiles."""
+        """Free all rows; where cores are many, compile decoding while the first part compiles."""
+        self.end()
         if not self._devices.compiled and (os.cpu_count() or 1) >= CORES:
             self._devices.begin_decoding(self._asked())
 
@@ -90,6 +95,24 @@ class Scheduler:
 
     def turns(self, waiting: deque[Task]) -> list[Turn]:
         """Parts of prompts, about `part` tokens a device, and one decoding step."""
+        with self._whole():
+            return self._turns(waiting)
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Where what is done within does not end, as after Ctrl-C, the next begins with empty rows.
+
+        An exception may come between a program, which takes the memory of the progress it is given,
+        and what is noted of it.
+        """
+        if self._torn:
+            self._devices.begin_anew()
+            self._rows = [Row() for _ in self._rows]
+        self._torn = True
+        yield
+        self._torn = False
+
+    def _turns(self, waiting: deque[Task]) -> list[Turn]:
         turns, budget = [], self._part
         while budget > 0:
             self._fill_lanes(waiting)

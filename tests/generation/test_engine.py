@@ -398,6 +398,44 @@ def test_one_stream_refuses_at_once_and_may_be_left(expected):
     assert answers_of(engine, requests(GREEDY)) == expected[:3]
 
 
+@pytest.mark.parametrize("taken", [False, True])
+@pytest.mark.parametrize("program", ["extend", "decode", "copy", "admit"])
+def test_ctrl_c_leaves_the_engine_as_good_as_new(expected, monkeypatch, program, taken):
+    """It comes before a program has taken the memory of the progress, or after, in any of them."""
+    engine = engine_on(MESHES[0])
+    marked = dataclasses.replace(GREEDY, logit_bias=((3, 100.0),))
+    engine.generate([Request((1, *LONG[2:]), GREEDY)])  # from which the next are copied
+    batch = requests(marked, [(1, *LONG[2:40]), (1, *LONG[2:41])])
+    call = compiled.Programs.__call__
+
+    def interrupted(self, name, *arguments, **options):
+        if name != program or taken:
+            made = call(self, name, *arguments, **options)
+        if name == program:
+            raise KeyboardInterrupt
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled.Programs, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(batch)
+    assert answers_of(engine, requests(GREEDY, [*PROMPTS, LONG])) == expected
+
+
+def test_ctrl_c_in_the_middle_of_compiling_lets_it_be_done_again(monkeypatch):
+    class Interrupted(compiled.Future):
+        def set_result(self, result):
+            super().set_result(result)
+            raise KeyboardInterrupt
+
+    engine = Engine(model_on(sharding.make_mesh()), rows=1, part=PART)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "Future", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(requests(GREEDY, PROMPTS[:1]))
+    assert len(answers_of(engine, requests(GREEDY, PROMPTS[:1]))[0]) == NEW
+
+
 def test_requests_wait_where_memory_holds_few_rows(expected, monkeypatch):
     monkeypatch.setattr(engines, "rows_that_fit", lambda size, mesh: 2)
     engine = Engine(model_on(sharding.make_mesh()), rows=64, part=PART)
