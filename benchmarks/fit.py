@@ -108,10 +108,11 @@ def main(argv: list[str] | None = None) -> None:
             measure.show("fit", fit(*row))
         return
     values = config_io.apply_overrides({}, arguments.overrides)
+    mesh = config_io.section_from_dict("mesh", values.get("mesh"))
     result = fit(
         arguments.model,
         arguments.topology,
-        vars(config_io.build(MeshConfig, values.get("mesh"), "mesh")),
+        {axis: getattr(mesh, axis) for axis in values.get("mesh", {})},
         arguments.batch,
         arguments.context,
         values.get("model", {}).get("exchange", ""),

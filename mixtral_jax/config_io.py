@@ -92,7 +92,7 @@ def _sources(name: str, value: object) -> tuple[SourceConfig, ...]:
         if isinstance(entry, str):
             made.append(SourceConfig(files=entry))
         elif isinstance(entry, dict):
-            made.append(build(SourceConfig, entry, name))
+            made.append(_build(SourceConfig, entry, name))
         else:
             raise InputError(f"{name}: {entry!r} is neither a glob nor {{files: GLOB, weight: W}}")
     return tuple(made)
@@ -122,12 +122,8 @@ def _convert(name: str, value: object, annotation: object) -> object:
     raise InputError(f"{name}={value!r} must be {wanted}")
 
 
-def build(cls: type, values: object, prefix: str) -> typing.Any:
-    """A dataclass from a mapping; unknown keys and wrong types are named with their full path.
-
-    Raises:
-      InputError: as from_dict.
-    """
+def _build(cls: type, values: object, prefix: str) -> typing.Any:
+    """A dataclass from a mapping; unknown keys and wrong types are named with their full path."""
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -139,7 +135,7 @@ def build(cls: type, values: object, prefix: str) -> typing.Any:
         if key not in hints:
             raise InputError(f"unknown config key {name}{_nearest(str(key), hints)}")
         if dataclasses.is_dataclass(hints[key]):
-            made[key] = build(hints[key], value, name)
+            made[key] = _build(hints[key], value, name)
         else:
             made[key] = _convert(name, value, hints[key])
     if cls is ModelConfig:
@@ -155,7 +151,16 @@ def from_dict(values: dict) -> Config:
     Raises:
       InputError: for an unknown key (with the nearest valid one), a wrong type or a bad value.
     """
-    return build(Config, values, "")
+    return _build(Config, values, "")
+
+
+def section_from_dict(name: str, values: object) -> typing.Any:
+    """One section of a Config, such as mesh, from a dictionary or None.
+
+    Raises:
+      InputError: as from_dict, but for what depends on other sections.
+    """
+    return _build(typing.get_type_hints(Config)[name], values, name)
 
 
 def to_dict(config: typing.Any) -> dict:

@@ -24,7 +24,7 @@ from mixtral_jax import config_io, sharding
 from mixtral_jax.analysis import prices, topology
 from mixtral_jax.analysis.compile_report import aligned, check_kernels, check_path, estimates, write
 from mixtral_jax.analysis.memory import bytes_of, memory_of
-from mixtral_jax.config import Config, InputError, MeshConfig, ModelConfig
+from mixtral_jax.config import Config, InputError, ModelConfig
 from mixtral_jax.generation.engine import PART
 from mixtral_jax.generation.programs import ENDS, Lanes, Rows, empty, functions
 from mixtral_jax.generation.rows import lanes_of, length_of
@@ -63,7 +63,7 @@ def read_config(path: str, overrides: Sequence[str]) -> Config:
     """
     values = config_io.apply_overrides(config_io.read_yaml(path), overrides)
     values = config_io.with_sizes(values, folders.training_sizes)
-    devices = config_io.build(MeshConfig, values.get("mesh"), "mesh").size
+    devices = config_io.section_from_dict("mesh", values.get("mesh")).size
     training = {"sequence_length": 1, "batch_size": devices}  # that splits over any mesh
     shown = {name: values.get(name) for name in ("model", "mesh")}
     # Of the other sections only the names are looked at.

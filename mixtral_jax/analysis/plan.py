@@ -25,7 +25,6 @@ from mixtral_jax.config import (
     Config,
     InputError,
     MeshConfig,
-    ModelConfig,
     check_choice,
 )
 from mixtral_jax.interop import folders
@@ -86,8 +85,7 @@ def choices_of(arguments: argparse.Namespace) -> search.Choices:
         if (why := ELSEWHERE.get(text.partition("=")[0])) is not None:
             raise InputError(f"{text}: {why}")
     given = config_io.apply_overrides({}, arguments.overrides)
-    model = config_io.build(ModelConfig, given.get("model"), "model")
-    mesh = config_io.build(MeshConfig, given.get("mesh"), "mesh")
+    model, mesh = (config_io.section_from_dict(n, given.get(n)) for n in ("model", "mesh"))
     return search.Choices(
         (arguments.param_dtype,) if arguments.param_dtype else DTYPES,
         arguments.batch_size,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mixtral_jax import config_io
-from mixtral_jax.config import InputError, MeshConfig, ModelConfig
+from mixtral_jax.config import InputError, MeshConfig
 from mixtral_jax.interop.strict_json import quote
 
 SEEDS = 2**32
@@ -322,7 +322,7 @@ def deployment_from_overrides(overrides: Sequence[str]) -> Deployment:
             name = f"{section}.{key}"
             if name not in allowed:
                 raise InputError(f"{name} cannot be set when sampling, only {', '.join(allowed)}")
-    given = values.get("model", {})
-    model = {key: "" if value is None else value for key, value in given.items()}
-    ModelConfig(**model)  # checks the values
-    return Deployment(config_io.build(MeshConfig, values.get("mesh"), "mesh"), **model)
+    mesh, model = (
+        config_io.section_from_dict(name, values.get(name)) for name in ("mesh", "model")
+    )
+    return Deployment(mesh, **{key: getattr(model, key) for key in values.get("model", {})})
