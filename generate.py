@@ -27,10 +27,15 @@ import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Iterable
 
 from mixtral_jax.command_line import Parser, report, with_huge_pages
 from mixtral_jax.config import InputError
 from mixtral_jax.generation import prompts, request
+
+ONLY_COMPILED = ("report", "sequences", "slices", "prompt_length")
+COMPILED = {"config", "overrides", "compile_only", "max_new_tokens", "part", *ONLY_COMPILED}
+"""What --compile-only reads."""
 
 
 def make_parser() -> Parser:
@@ -101,6 +106,9 @@ def compile_only(arguments: argparse.Namespace) -> int:
     """Report on prefill and decode of a config's model, by default of a prompt for each share."""
     if arguments.config is None or arguments.compile_only is None:
         raise InputError("--compile-only SLICE and --config FILE belong together")
+    if other := asked_for(arguments, vars(arguments).keys() - COMPILED):
+        raise InputError(f"with --compile-only nothing is generated: leave out {', '.join(other)}")
+    request.Serving(part=arguments.part)  # checks it
     from mixtral_jax.analysis import generation_report  # only now: it loads JAX
 
     config = generation_report.read_config(arguments.config, arguments.overrides)
@@ -111,6 +119,18 @@ def compile_only(arguments: argparse.Namespace) -> int:
     batch = generation_report.Batch(*asked)
     name, path, slices = arguments.compile_only, arguments.report, arguments.slices
     return generation_report.run(config, name, batch, path, slices)
+
+
+def asked_for(arguments: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """The options among these that have other values than their defaults, as they are written."""
+    parser, asked = make_parser(), []
+    for name in sorted(names):
+        value = getattr(arguments, name)
+        if value != parser.get_default(name):
+            values = value if isinstance(value, list) else [value]
+            shown = [] if value is True else map(str, values)
+            asked.append(" ".join([f"--{name.replace('_', '-')}", *shown]))
+    return asked
 
 
 def options_of(arguments: argparse.Namespace) -> request.Options:
@@ -177,8 +197,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments = make_parser().parse_intermixed_args(argv)
         if arguments.compile_only is not None or arguments.config is not None:
             return compile_only(arguments)
-        if arguments.report:
-            raise InputError(f"--report {arguments.report} needs --compile-only SLICE")
+        if only := asked_for(arguments, ONLY_COMPILED):
+            raise InputError(f"{only[0]} needs --compile-only SLICE")
         options = options_of(arguments)
         deployment = request.deployment_from_overrides(arguments.overrides)
         serving = request.Serving(

@@ -15,8 +15,12 @@ figures come about:
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import pathlib
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -188,22 +192,62 @@ def run(config: Config, name: str, path: str = "", slices: int = 1) -> int:
     Returns:
       The exit code: 0, or 1 if the program does not fit.
     Raises:
-      InputError: as compile_report, or if there is no folder for the file.
+      InputError: as compile_report, or if the file cannot be written.
     """
     check_path(path)
     report = compile_report(config, name, slices)
-    write(report, path)
     print(table(report))
+    write(report, path)
     return 0 if report["fits"] else 1
 
 
 def check_path(path: str) -> None:
-    """Refuse a report's file that cannot be written, now and not minutes later."""
-    if path and not pathlib.Path(path).absolute().parent.is_dir():
-        raise InputError(f"--report {path}: there is no folder {pathlib.Path(path).parent}")
+    """Refuse a report's file that cannot be written, now and not minutes later.
+
+    Raises:
+      InputError: naming the file, and why.
+    """
+    if not path:
+        return
+    target = pathlib.Path(os.path.realpath(path))
+    if os.path.isdir(path):
+        raise InputError(f"--report {path} is a folder: name a file in it")
+    if _is_replaced(path):
+        if not target.parent.is_dir():
+            raise InputError(f"--report {path}: there is no folder {pathlib.Path(path).parent}")
+        with _naming(path), tempfile.TemporaryFile(dir=target.parent):
+            pass
 
 
 def write(report: Any, path: str) -> None:
-    """Write a report as JSON, if a file is named."""
-    if path:
-        pathlib.Path(path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    """Write a report as JSON, whole or not at all, if a file is named.
+
+    Raises:
+      InputError: naming the file, if it cannot be written.
+    """
+    if not path:
+        return
+    text, target = json.dumps(report, indent=1) + "\n", pathlib.Path(os.path.realpath(path))
+    with _naming(path):
+        if not _is_replaced(path):
+            pathlib.Path(path).write_text(text, encoding="utf-8")
+            return
+        unfinished = target.parent / f".report.{os.getpid()}.json"
+        try:
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, target)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def _is_replaced(path: str) -> bool:
+    """Whether it is an ordinary file, or none yet, and no pipe and no terminal."""
+    return os.path.isfile(path) or not os.path.exists(path)
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--report {path} cannot be written: {error.strerror}") from None

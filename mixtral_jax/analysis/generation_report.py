@@ -265,9 +265,11 @@ def run(config: Config, name: str, batch: Batch, path: str = "", slices: int = 1
 
     Returns:
       The exit code: 0, or 1 if prefill or decode does not fit.
+    Raises:
+      InputError: as generation_report, or if the file cannot be written.
     """
     check_path(path)
     report = generation_report(config, name, batch, slices)
-    write(report, path)
     print(table(report))
+    write(report, path)
     return 0 if report["prefill"]["fits"] and report["decode"]["fits"] else 1

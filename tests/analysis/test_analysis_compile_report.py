@@ -186,6 +186,41 @@ def test_mistakes_are_one_line(libtpu, config_file, capsys, arguments, message):
     assert error.count("\n") == 1
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_it_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(compile_report, "compile_report", None)  # not called
+    with pytest.raises(InputError, match=f"--report {tmp_path} is a folder: name a file in it"):
+        compile_report.run(make_config(), "v5p:2x2x1", str(tmp_path))
+
+    def refuse(**options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(compile_report.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(InputError, match=r"--report .*r.json cannot be written: Permission denied"):
+        compile_report.run(make_config(), "v5p:2x2x1", str(tmp_path / "r.json"))
+
+
+def test_a_report_is_shown_though_it_cannot_be_written_and_the_old_one_stands(
+    tmp_path, monkeypatch, capsys
+):
+    file = tmp_path / "r.json"
+    file.write_text("old")
+    monkeypatch.setattr(compile_report, "compile_report", lambda *_: {"fits": True})
+    monkeypatch.setattr(compile_report, "table", lambda report: "shown")
+
+    def full(*files):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compile_report.os, "replace", full)
+        with pytest.raises(InputError, match=r"r.json cannot be written: No space left on device"):
+            compile_report.run(make_config(), "v5p:2x2x1", str(file))
+    assert capsys.readouterr().out == "shown\n"
+    assert file.read_text() == "old"
+    assert compile_report.run(make_config(), "v5p:2x2x1", str(file)) == 0
+    assert json.loads(file.read_text()) == {"fits": True}
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_without_libtpu_the_message_says_what_to_install(config_file, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(

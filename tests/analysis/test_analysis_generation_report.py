@@ -78,6 +78,25 @@ def test_mistakes_are_one_line(config_file, capsys, flags, message):
     assert error.count("\n") == 1
 
 
-def test_a_report_wants_a_slice(capsys):
-    assert generate.main(["--checkpoint", "x", "--prompt", "a", "--report", "r.json"]) == 2
-    assert "--report r.json needs --compile-only" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "option",
+    ["--report r.json", "--slices 2", "--sequences 3", "--prompt-length 9"],
+)
+def test_a_report_wants_a_slice(capsys, option):
+    assert generate.main(["--checkpoint", "x", "--prompt", "a", *option.split()]) == 2
+    assert f"{option} needs --compile-only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--weights int4 --temperature -3", "leave out --temperature -3.0, --weights int4"),
+        ("--cache-dtype int8", "leave out --cache-dtype int8"),
+        ("--chat --stop a --stop b --prompt x", "leave out --chat, --prompt x, --stop a b"),
+        ("--part 10", "part=10 must be a power of two, 16 or more"),
+    ],
+)
+def test_what_a_report_does_not_read_is_refused(capsys, flags, message):
+    """Before the config is read, and JAX loaded."""
+    assert generate.main(["--config", "x", "--compile-only", "v5e:1x1", *flags.split()]) == 2
+    assert capsys.readouterr().err.endswith(f"{message}\n")
