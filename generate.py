@@ -25,11 +25,12 @@ one of NVIDIA's GPUs, what they take of its memory.
 
 import argparse
 import dataclasses
+import io
 import os
 import sys
 from collections.abc import Iterable
 
-from mixtral_jax.command_line import Parser, report, with_huge_pages
+from mixtral_jax.command_line import OutputError, Parser, report, with_huge_pages
 from mixtral_jax.config import InputError
 from mixtral_jax.generation import prompts, request
 
@@ -199,6 +200,8 @@ def main(argv: list[str] | None = None) -> int:
             return compile_only(arguments)
         if only := asked_for(arguments, ONLY_COMPILED):
             raise InputError(f"{only[0]} needs --compile-only SLICE")
+        if sys.stdout is None:
+            raise OutputError("standard output cannot be written: it is closed")
         options = options_of(arguments)
         deployment = request.deployment_from_overrides(arguments.overrides)
         serving = request.Serving(
@@ -210,6 +213,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         asked = read_prompts(arguments, options)
         check_shown(arguments, options, asked)
+        if arguments.format == "jsonl" and isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # as JSON is, whatever the terminal knows
         from mixtral_jax.generation import chat, command  # only now: they load JAX
 
         system = arguments.system or ""
@@ -226,14 +231,19 @@ def main(argv: list[str] | None = None) -> int:
         return command.run(arguments.checkpoint, asked, style, deployment, serving)
     except InputError as error:
         return report(error)
+    except OutputError as error:
+        report(error)
     except BrokenPipeError:  # whoever read the answer has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        pass
     except KeyboardInterrupt:
         return 130
+    if sys.stdout is not None:  # what could not be written would be tried again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 if __name__ == "__main__":
     with_huge_pages()
-    sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""What the commands share: mistakes are reported in one line, and so is the time of starting up."""
+"""What the commands share: one line for a mistake, one for the time of starting up, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ import contextlib
 import ctypes
 import os
 import platform
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from types import FrameType
 
 from mixtral_jax.config import InputError, TrainingError
+
+
+class OutputError(RuntimeError):
+    """What is printed cannot be written; the message is one line. The exit code is 1."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,10 +33,30 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-def report(error: InputError | TrainingError) -> int:
+def report(error: InputError | OutputError | TrainingError) -> int:
     """Say what is wrong, on standard error; returns the exit code."""
     print(f"error: {error}", file=sys.stderr)
     return 2 if isinstance(error, InputError) else 1
+
+
+@contextlib.contextmanager
+def interruptions() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event that this gives, where it would end the program; the second one does.
+
+    An exception would come anywhere, in the middle of JAX's own work too, which may swallow it.
+    """
+    event = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def with_huge_pages() -> None:

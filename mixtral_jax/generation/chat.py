@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import jax
 
+from mixtral_jax.command_line import interruptions
 from mixtral_jax.config import InputError
 from mixtral_jax.data.chat import encode_chat
 from mixtral_jax.data.tokenizer import Tokenizer
@@ -49,6 +48,8 @@ def run(
     Raises:
       InputError: for what a user can mend.
     """
+    if sys.stdin is None:
+        raise InputError("standard input, where messages come from, is closed: give --prompt")
     deployed = command.deploy(checkpoint, deployment)
     tokenizer = deployed.tokenizer
     if jax.process_count() > 1:
@@ -140,8 +141,9 @@ def converse(chat: Chat, stream: BinaryIO, terminal: bool) -> None:
         try:
             text = _decode(line, number)
             if text.lstrip().startswith(QUOTES):
-                text = _quoted(text, number, lines)
-            _take(chat, text)
+                _answer(chat, _quoted(text, number, lines))
+            else:
+                _take(chat, text)
         except InputError as error:
             if not terminal:
                 raise
@@ -172,20 +174,23 @@ def _quoted(first: str, number: int, lines: Iterator[tuple[int, bytes]]) -> str:
 
 
 def _take(chat: Chat, text: str) -> None:
-    """Do what a message says."""
-    word, _, rest = text.strip().partition(" ")
+    """Do what a line says: a command's word and what follows it, or a message."""
+    word, *rest = text.split(maxsplit=1) or [""]
     if word == NEW and not rest:
         chat.forget()
         output.say("a new conversation")
     elif word == SYSTEM:
-        system = rest.strip()
+        system = "".join(rest).strip()
         chat.forget(system)
         output.say(f"a new conversation, {'with a new' if system else 'without a'} system prompt")
-    elif text.strip():
+    else:
         _answer(chat, text)
 
 
 def _answer(chat: Chat, text: str) -> None:
+    """Answer a message, if it is not blank."""
+    if not text.strip():
+        return
     with interruptions() as stopped:
         answer = chat.reply(text, output.write, stopped.is_set)
     output.write("\n")
@@ -210,23 +215,3 @@ def _decode(line: bytes, number: int) -> str:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError:
         raise InputError(f"line {number} of standard input is not UTF-8") from None
-
-
-@contextlib.contextmanager
-def interruptions() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event that this gives, where it would end the program; the second one does.
-
-    An exception would come anywhere, in the middle of JAX's own work too.
-    """
-    event = threading.Event()
-
-    def note(number: int, frame: Any) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)

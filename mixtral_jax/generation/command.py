@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from mixtral_jax import sharding
-from mixtral_jax.command_line import StartUp
+from mixtral_jax.command_line import StartUp, interruptions
 from mixtral_jax.config import InputError, ModelConfig, check_mesh
 from mixtral_jax.data.chat import encode_chat
 from mixtral_jax.data.tokenizer import Tokenizer
@@ -133,7 +133,11 @@ def show(
     style: Style,
     start_up: StartUp,
 ) -> None:
-    """Answer requests, print the answers as they come, and say how fast."""
+    """Answer requests, print the answers as they come, and say how fast.
+
+    Raises:
+      KeyboardInterrupt: after the event that comes next, or at the second Ctrl-C at once.
+    """
     good = {n: request for n, request in enumerate(requests) if isinstance(request, Request)}
     numbers = list(good)
     printer = _printer(engine, asked, requests, style)
@@ -142,13 +146,16 @@ def show(
     rates = Rates(answers, lambda: start_up.end("prefill"), live)
     _print_refused(printer, asked, requests)
     cached = 0
-    for event in engine.run(good.values()):
-        number = numbers[event.request]
-        if event.answer is not None:
-            cached += event.answer.cached_tokens
-            event.answer.request_name, event.answer.id = asked[number].name, asked[number].id
-        rates.take(event)
-        printer.take(event._replace(request=number))
+    with interruptions() as stopped:
+        for event in engine.run(good.values()):
+            number = numbers[event.request]
+            if event.answer is not None:
+                cached += event.answer.cached_tokens
+                event.answer.request_name, event.answer.id = asked[number].name, asked[number].id
+            rates.take(event)
+            printer.take(event._replace(request=number))
+            if stopped.is_set():
+                raise KeyboardInterrupt
     say(rates.report(sum(len(r.tokens) * r.options.n for r in good.values()), cached))
     say(start_up.report(rates.made))
 

@@ -110,6 +110,8 @@ def _source(path: str | pathlib.Path) -> str:
 def _read_bytes(path: str | pathlib.Path) -> bytes:
     try:
         if str(path) == STANDARD_INPUT:
+            if sys.stdin is None:  # closed before Python began
+                raise ValueError("it is closed")
             return sys.stdin.buffer.read()
         return pathlib.Path(path).read_bytes()
     except OSError as error:

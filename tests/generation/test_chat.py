@@ -314,6 +314,20 @@ def test_a_conversation_begins_anew_with_another_system_prompt(v3, capsys):
     assert "a new conversation, without a system prompt\n" in err
 
 
+def test_quoted_text_is_no_command_and_any_blank_follows_one(v3):
+    chat = conversation(v3, *map(v3.encode, "ABC"))
+    converse(chat, 'a\n"""/new"""\n""" """\n/system\tBe brief. \n"""\n/system b\n"""\n')
+    first, *_ = command.opening("Be brief.")
+    said = ["a", "/new"]
+    assert asked(chat)[1] == encode_chat(v3, [user("a"), assistant("A"), user(said[1])])
+    assert chat.messages == [first, user("/system b"), assistant("C")]
+
+
+def test_a_conversation_wants_standard_input(run, refused, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    refused(["--checkpoint", str(run), *GREEDY], "standard input, .* is closed: give --prompt")
+
+
 def test_what_cannot_be_answered_ends_a_conversation_from_a_pipe(v3, capsys):
     chat = conversation(v3, v3.encode("A"))
     with pytest.raises(InputError, match="line 2 of standard input is not UTF-8"):

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import math
 import os
 import pathlib
 import re
@@ -17,13 +16,11 @@ from tiny import MODEL
 import generate
 from mixtral_jax import sharding
 from mixtral_jax.config import MeshConfig
-from mixtral_jax.generation import command, output
+from mixtral_jax.generation import command
 from mixtral_jax.generation import engine as engines
-from mixtral_jax.generation.answering import Event
 from mixtral_jax.generation.engine import Engine
 from mixtral_jax.generation.prompts import Asked
 from mixtral_jax.generation.request import Deployment, Options, Request, Serving
-from mixtral_jax.generation.results import Answer, TokenLogProbability
 from mixtral_jax.interop.own import find
 from mixtral_jax.interop.own_arrays import load_model
 
@@ -105,60 +102,6 @@ def test_a_file_of_prompts_gives_each_answer_under_its_prompt(run, answers, main
     assert main([*arguments, *GREEDY, "mesh.expert=4", "model.exchange=padded"]) == 0
     expected = [f"> {prompt}\n{answer}\n\n" for prompt, answer in zip(PROMPTS, answers)]
     assert capsys.readouterr().out == "".join(expected)
-
-
-def event(request, text, ends=False, **known):
-    answer = Answer("", 1, 0, "", text, [5], "length", **known) if ends else None
-    return Event(request, 0, text, 5, None, answer)
-
-
-def test_answers_come_in_the_order_of_their_prompts_as_they_are_made(capsys):
-    """The first is shown as it comes; what the second has made waits for its turn."""
-    shown = output.Text([output.Shown("a", 1, False), output.Shown("b", 1, True)])
-    said = []
-    events = [(0, "A"), (1, "x"), (0, "B"), (1, "y", True), (0, "C", True)]
-    for given in events:
-        shown.take(event(*given))
-        said.append(capsys.readouterr().out)
-    assert said == ["> a\nA", "", "B", "", "C\n\n> b\nbxy\n\n"]
-
-
-def test_any_number_of_answers_waits_for_the_first(capsys):
-    count = 5000
-    shown = output.Text([output.Shown("a", 1, False)] * count)
-    for number in reversed(range(count)):
-        shown.take(event(number, str(number), True))
-    assert capsys.readouterr().out == "".join(f"> a\n{number}\n\n" for number in range(count))
-
-
-@pytest.mark.parametrize(
-    ("text", "echo", "painted", "expected"),
-    [
-        ("", False, None, "perplexity 2.0000 over 1 tokens of the prompt\n"),
-        ("", True, None, "ab\nperplexity 2.0000 over 1 tokens of the prompt\n"),
-        ("c", True, None, "abc\nperplexity 2.0000 over 1 tokens of the prompt\n"),
-        ("c", False, "ABC", "ABC\nperplexity 2.0000 over 1 tokens of the prompt\n"),
-    ],
-)
-def test_a_perplexity_has_a_line_of_its_own(capsys, text, echo, painted, expected):
-    paint = None if painted is None else lambda number, answer: painted
-    scored = [None, TokenLogProbability("b", 4, math.log(0.5), [])]
-    given = event(0, text, True, prompt_logprobs=scored)
-    output.Text([output.Shown("ab", 1, echo)], paint).take(given)
-    assert capsys.readouterr().out == expected
-
-
-def test_tokens_a_second_are_those_of_decoding_without_its_compiling(monkeypatch):
-    """Two answers: their first tokens after 2 s, 10 s to compile decoding, then a step a second."""
-    now = [0.0]
-    monkeypatch.setattr(output.time, "perf_counter", lambda: now[0])
-    rates = output.Rates(2, lambda: None, live=False)
-    for step, wait in enumerate([2, 10, 1, 1]):
-        now[0] += wait
-        for request in range(2):
-            rates.take(Event(request, 0, "", step, None, None))
-    line = "7 prompt tokens; first token after 2.00 s, with compiling; 8 tokens made; 2.5 tokens/s"
-    assert rates.report(7, 0) == line
 
 
 def test_lines_of_json_are_answered_each_as_it_asks(run, answers, main, capsys, tmp_path):

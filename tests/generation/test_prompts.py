@@ -218,6 +218,9 @@ def test_unreadable_jsonl_files_are_named(tmp_path, ask, standard_input, monkeyp
     sys.stdin.close()
     with pytest.raises(InputError, match=r"^standard input cannot be read: .* closed"):
         read_jsonl("-", DEFAULT)
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InputError, match=r"^standard input cannot be read: it is closed"):
+        read_jsonl("-", DEFAULT)
     broken = types.SimpleNamespace(buffer=types.SimpleNamespace(read=fail))
     monkeypatch.setattr(sys, "stdin", broken)
     with pytest.raises(InputError, match=r"^standard input cannot be read: Input/output error$"):
