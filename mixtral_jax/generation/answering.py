@@ -78,21 +78,21 @@ class Task:
         eos: int | None,
     ) -> Task:
         """The n answers of a request differ by their seeds; the first has the request's own."""
-        options = request.options
+        options, tokens = request.options, tuple(map(int, request.tokens))
         seed = options.seed
         if index:
             seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
         text, decoder = "", None
         if tokenizer is not None:
-            decoder, text = StreamDecoder(tokenizer), tokenizer.decode(request.tokens)
+            decoder, text = StreamDecoder(tokenizer), tokenizer.decode(tokens)
             if request.goes_on:  # so that an answer keeps the space it begins with
-                for token in request.tokens:
+                for token in tokens:
                     if decoder.push(token):  # what comes after the first text does not matter
                         break
                 decoder.flush()
         ends = (*(() if eos is None else (eos,)), *options.stop_token_ids)
         return cls(
-            *(number, index, options, tuple(request.tokens), text, seed, ends, eos),
+            *(number, index, options, tokens, text, seed, ends, eos),
             *(tokenizer, decoder, StopStrings(options.stop)),
         )
 

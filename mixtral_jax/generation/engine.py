@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ from mixtral_jax.generation.request import Options, Request, Serving, check_requ
 from mixtral_jax.generation.results import Answer
 from mixtral_jax.generation.routing import ChosenExperts
 from mixtral_jax.generation.scheduler import Scheduler, Turn
+from mixtral_jax.interop.strict_json import quote
 from mixtral_jax.kernels import platform
 from mixtral_jax.model.cache import bytes_of_row, places
 from mixtral_jax.model.mixtral import Mixtral, compute_dtype
@@ -44,6 +46,7 @@ from mixtral_jax.model.unstacked import converts_blocks, in_layers, unstacked
 
 PART = Serving.part
 ROWS = 8
+_END: Any = object()
 
 
 class Engine:
@@ -74,7 +77,8 @@ class Engine:
           eos_id: ends an answer; the tokenizer's by default, and without one nothing does.
           rows: answers in progress at a time; fewer where memory does not hold their cache, and
             rounded up to a multiple of the devices that the batch is split over.
-          capacity: most tokens of a prompt and its answer; the model's context by default.
+          capacity: most tokens of a prompt and its answer, up to the model's context, which is the
+            default.
           part: most tokens of a prompt between two decoding steps; a power of two from 16 on.
           cache_dtype: of keys and values: int8, or None for what is computed in.
           consume: on GPU and TPU, whose engine has the layers apart, free the model's own arrays,
@@ -144,16 +148,28 @@ class Engine:
         self.check(request)
         return self.run([request])
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Answer]]:
+    def generate(self, requests: Iterable[Request]) -> list[list[Answer]]:
         """The answers to each request, n of them; one that cannot be answered has `error` set."""
-        answers: list[list[Answer]] = [[] for _ in requests]
-        for event in self.run(requests):
+        asked = list(requests)
+        answers: list[list[Answer]] = [[] for _ in asked]
+        for event in self.run(asked):
             if event.answer is not None:
                 answers[event.request].append(event.answer)
         return [sorted(some, key=lambda answer: answer.index) for some in answers]
 
     def check(self, request: Request, name: str = "the prompt") -> None:
-        """Raises: InputError: naming the request, if it cannot be answered."""
+        """Raises:
+        InputError: naming the request, if it cannot be answered.
+        TypeError: if it is none.
+        """
+        if not isinstance(request, Request):
+            kind = type(request).__name__
+            raise TypeError(f"{name} is of type {kind}, not a Request: engine.request makes one")
+        if request.options.stop and self.tokenizer is None:
+            raise InputError(
+                f"{name}: stop={quote(request.options.stop)} is text, and the engine has no "
+                "tokenizer: use stop_token_ids"
+            )
         check_request(request, self.config.vocab_size, self.capacity, name)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
@@ -164,6 +180,7 @@ class Engine:
 
         Raises:
           RuntimeError: if it is answering already.
+          TypeError: for what is no Request.
         """
         if self._busy:
             raise RuntimeError("the engine is answering already: give it all requests together")
@@ -209,8 +226,8 @@ class Engine:
         number, more = 0, True
         while True:
             while more and len(waiting) < self.rows:
-                request = next(requests, None)
-                if request is None:
+                request = next(requests, _END)
+                if request is _END:
                     more = False
                     break
                 try:

@@ -210,8 +210,8 @@ def _biases(given: object) -> tuple[tuple[int, Any], ...]:
 class Request:
     """A prompt to go on from."""
 
-    tokens: tuple[int, ...]
-    """The prompt's ids, with the begin-of-text token in front."""
+    tokens: Sequence[int]
+    """The prompt's ids, with the begin-of-text token in front; a tuple, a list, or an array."""
     options: Options = field(default_factory=Options)
     goes_on: bool = True
     """Whether the answer's text goes on from the prompt's, or begins anew, as in a chat."""
@@ -231,7 +231,7 @@ def check_request(request: Request, vocabulary: int, context: int, name: str) ->
         context's.
     """
     options = request.options
-    if not request.tokens:
+    if not len(request.tokens):
         raise InputError(f"{name} has no tokens: begin it with the BOS id")
     tokens = {
         "token": request.tokens,
@@ -240,6 +240,8 @@ def check_request(request: Request, vocabulary: int, context: int, name: str) ->
     }
     for what, ids in tokens.items():
         for token in ids:
+            if not _is_whole(token):
+                raise InputError(f"{name}: {what} {quote(token)} is not a whole number")
             if not 0 <= token < vocabulary:
                 raise InputError(f"{name}: {what} {token} is not in 0..{vocabulary - 1}")
     check_length(request, context, name)

@@ -382,6 +382,25 @@ def test_a_request_that_cannot_be_answered_leaves_the_others_alone(expected):
     assert [answers[1].tokens, answers[4].tokens] == [expected[0], expected[2]]
 
 
+def test_requests_may_come_from_any_iterable_and_ids_in_any_array(expected):
+    batch = (Request(np.array(prompt, np.int32), GREEDY) for prompt in PROMPTS)
+    assert answers_of(engine_on(MESHES[0]), batch) == expected[:3]
+
+
+@pytest.mark.parametrize("thing", [None, "def f("], ids=str)
+def test_what_is_no_request_is_named(expected, thing):
+    engine = engine_on(MESHES[0])
+    with pytest.raises(TypeError, match=r"^prompt 2 is of type \w+, not a Request: engine.request"):
+        engine.generate([Request(PROMPTS[0], GREEDY), thing])
+    assert answers_of(engine, requests(GREEDY)) == expected[:3]
+
+
+def test_a_stop_text_wants_a_tokenizer():
+    stopped = dataclasses.replace(GREEDY, stop=("a",))
+    with pytest.raises(InputError, match=r"stop=\('a',\) is text, .* use stop_token_ids"):
+        engine_on(MESHES[0]).stream(Request(PROMPTS[0], stopped))
+
+
 def test_one_stream_refuses_at_once_and_may_be_left(expected):
     engine = engine_on(MESHES[0])
     with pytest.raises(InputError, match=r"the prompt has 60 tokens.*context of 64"):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from mixtral_jax.config import InputError, MeshConfig
@@ -223,6 +224,12 @@ def test_what_just_fits_passes(length, new):
         (Request(()), " has no tokens"),
         (Request((1, 38)), ": token 38 is not in 0..37"),
         (Request((1, -1)), ": token -1 is not in 0..37"),
+        (Request((1, 5.7)), ": token 5.7 is not a whole number"),
+        (Request((1, True)), ": token True is not a whole number"),
+        (Request("a"), ": token 'a' is not a whole number"),
+        (Request(np.array([])), " has no tokens"),
+        (Request(np.array([1, 38])), ": token 38 is not in 0..37"),
+        (Request(np.array([1.0])), r": token .*1.0\)? is not a whole number"),
         (Request((1,), Options(logit_bias=((37, 1), (38, 1)))), ": the logit_bias of token 38 is"),
         (Request((1,), Options(stop_token_ids=(37, 40))), ": stop_token_ids: token 40 is not"),
     ],
