@@ -221,9 +221,11 @@ def main(argv: list[str] | None = None) -> int:
         if asked is None:
             chat.run(arguments.checkpoint, system, options, deployment, serving)
             return 0
+        lines = prompts.is_jsonl(arguments.prompt_file or "", arguments.jsonl)
         style = command.Style(
             jsonl=arguments.format == "jsonl",
-            strict=not prompts.is_jsonl(arguments.prompt_file or "", arguments.jsonl),
+            source=prompts.name_of(arguments.prompt_file) if lines else "",
+            strict=not lines,
             chat=arguments.chat,
             system=system,
             show_routing=arguments.show_routing,

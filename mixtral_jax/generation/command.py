@@ -14,6 +14,7 @@ from mixtral_jax import sharding
 from mixtral_jax.command_line import StartUp, interruptions
 from mixtral_jax.config import InputError, ModelConfig, check_mesh
 from mixtral_jax.data.chat import encode_chat
+from mixtral_jax.data.conversation import read_conversation
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.generation.answering import Event
 from mixtral_jax.generation.engine import Engine
@@ -23,6 +24,7 @@ from mixtral_jax.generation.output import (
     Rates,
     Shown,
     Text,
+    cut,
     legend,
     painted,
     pieces,
@@ -45,6 +47,8 @@ class Style(NamedTuple):
 
     jsonl: bool = False
     """Answers as lines of JSON."""
+    source: str = ""
+    """The file that prompts are lines of, as messages name it."""
     strict: bool = True
     """Whether one prompt that cannot be answered stops all, before anything is loaded."""
     chat: bool = False
@@ -104,14 +108,19 @@ def _request(asked: Asked, deployed: Deployed, style: Style, limit: int) -> Requ
         if messages is None:
             request = Request((tokenizer.bos_id, *tokenizer.encode(asked.text)), asked.options)
         else:
-            request = Request(tuple(encode_chat(tokenizer, messages)), asked.options, goes_on=False)
+            ids, goes_on = encode_chat(tokenizer, messages), bool(messages[-1].get("prefix"))
+            request = Request(tuple(ids), asked.options, goes_on)
         check_request(request, deployed.config.vocab_size, limit, asked.name)
         return request
     except InputError as error:
         if style.strict:
             raise
+        if asked.error is not None:  # which names the file and the line
+            return asked.error
         reason = str(error)
-        return reason if asked.name in reason else f"{asked.name}: {reason}"
+        if not reason.startswith(asked.name):
+            reason = f"{asked.name}: {reason}"
+        return f"{style.source} {reason}".lstrip()
 
 
 def sized(serving: Serving, requests: Sequence[Request]) -> Serving:
@@ -172,8 +181,15 @@ def _printer(
     say(f"experts of layer {layer}: {legend(engine.config.num_local_experts)}")
 
     def paint(number: int, answer: Answer) -> str:
-        tokens = [*requests[number].tokens, *answer.tokens]
-        return painted(pieces(tokenizer, tokens), engine.experts(tokens, layer)[:, 0])
+        prompt = requests[number]
+        tokens = [*prompt.tokens, *answer.tokens]
+        shown = pieces(tokenizer, tokens)
+        if isinstance(answer.stop, str):  # the tokens go on with it
+            own = shown[len(prompt.tokens) :]
+            whole = own if prompt.goes_on else pieces(tokenizer, answer.tokens)
+            unseen = len("".join(whole)) - len(answer.text)
+            shown = cut(shown, len("".join(shown)) - unseen)
+        return painted(shown, engine.experts(tokens, layer)[:, 0])
 
     return Text(prompts, paint)
 
@@ -194,8 +210,8 @@ def _shown(asked: Sequence[Asked]) -> list[Shown]:
 def _text_of(asked: Asked) -> str:
     if asked.text is not None:
         return asked.text
-    contents = [m.get("content") for m in asked.messages or [] if m.get("role") == "user"]
-    return contents[-1] if contents and isinstance(contents[-1], str) else ""
+    said = [message for message in asked.messages or [] if message["role"] == "user"]
+    return read_conversation(said[-1:]).turns[0].text if said else ""
 
 
 # ---- checkpoints -------------------------------------------------------------------------------
@@ -211,9 +227,17 @@ class Deployed(NamedTuple):
     start_up: StartUp
 
     def context(self, serving: Serving) -> int:
-        """Most tokens of a prompt and its answer: what is asked for, within the model's own."""
+        """Most tokens of a prompt and its answer: what is asked for, or the model's own.
+
+        Raises:
+          InputError: if more is asked for than the model has.
+        """
         most = self.config.max_position_embeddings
-        return min(serving.context or most, most)
+        if serving.context is not None and serving.context > most:
+            raise InputError(
+                f"context={serving.context} is more than the model's, which is {most}: leave it out"
+            )
+        return serving.context or most
 
 
 def deploy(checkpoint: str | pathlib.Path, deployment: Deployment) -> Deployed:

@@ -89,12 +89,17 @@ class Text(InOrder):
             return
         if self._paint is not None:
             write(self._paint(key[0], answer))
-        if answer.perplexity is not None:
-            scored = len(answer.prompt_logprobs) - 1
+        if answer.prompt_logprobs is not None:
             above = self._paint is not None or answer.text or (shown.echo and shown.text)
-            space = "\n" if above else ""
-            write(f"{space}perplexity {answer.perplexity:.4f} over {scored} tokens of the prompt")
+            write(("\n" if above else "") + _score(answer))
         write("\n" if self._alone else "\n\n")
+
+
+def _score(answer: Answer) -> str:
+    if answer.perplexity is None:
+        return "nothing to score, the prompt is BOS alone"
+    scored = len(answer.prompt_logprobs) - 1
+    return f"perplexity {answer.perplexity:.4f} over {scored} tokens of the prompt"
 
 
 class Json(InOrder):
@@ -112,6 +117,15 @@ def pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
     decoder = StreamDecoder(tokenizer)
     parts = [decoder.push(token) for token in tokens]
     parts[-1] += decoder.flush()
+    return parts
+
+
+def cut(texts: Sequence[str], length: int) -> list[str]:
+    """Pieces of a text, up to so many characters."""
+    parts = []
+    for piece in texts:
+        parts.append(piece[:length])
+        length -= len(parts[-1])
     return parts
 
 

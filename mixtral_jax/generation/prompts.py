@@ -96,15 +96,20 @@ def read_jsonl(path: str | pathlib.Path, default: Options) -> list[Asked]:
       InputError: naming a file that is missing, unreadable, or has nothing but blank lines.
     """
     lines = _read_bytes(path).removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    where = "standard input" if str(path) == STANDARD_INPUT else one_line(path)
+    where = name_of(path)
     asked = [_read_line(line, n, where, default) for n, line in enumerate(lines, 1) if line.strip()]
     if not asked:
         raise InputError(f"{_source(path)} is empty: write one object a line, such as {EXAMPLE}")
     return asked
 
 
+def name_of(path: str | pathlib.Path) -> str:
+    """A file of lines, as messages name it in front of a line's own name."""
+    return "standard input" if str(path) == STANDARD_INPUT else one_line(path)
+
+
 def _source(path: str | pathlib.Path) -> str:
-    return "standard input" if str(path) == STANDARD_INPUT else f"prompt file {one_line(path)}"
+    return name_of(path) if str(path) == STANDARD_INPUT else f"prompt file {name_of(path)}"
 
 
 def _read_bytes(path: str | pathlib.Path) -> bytes:

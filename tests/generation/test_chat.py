@@ -95,6 +95,20 @@ def test_prompts_are_messages(checkpoint, main, capsys, tmp_path):
     assert [json.loads(line)["text"] for line in made] == answers
 
 
+def test_an_answer_that_was_begun_keeps_its_space_and_an_echo_has_all_parts(
+    v3, v3_run, main, capsys, tmp_path
+):
+    parts = [{"type": "text", "text": "How"}, {"type": "text", "text": "so?"}]
+    begun = {**assistant("It"), "prefix": True}
+    asked = {"messages": [{"role": "user", "content": parts}, begun], "echo": True}
+    is_id = v3.encode("It is")[-1]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({**asked, "logit_bias": {str(is_id): 100}, "max_new_tokens": 1}))
+    arguments = ["--checkpoint", str(v3_run), "--prompt-file", str(path), "--temperature", "0"]
+    assert main([*arguments, "--format", "jsonl"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == "How\n\nso? is"
+
+
 def test_a_conversation_keeps_its_history(checkpoint, main, capsys, monkeypatch):
     folder, ask = checkpoint
     typed(monkeypatch, "a\n\nb\r\n/new\nb")

@@ -125,7 +125,7 @@ def test_lines_of_json_are_answered_each_as_it_asks(run, answers, main, capsys, 
     assert "line 2: 'temprature' is no key of a request" in made[1]["error"]
     assert [one["text"] for one in made[2:4]] == [PROMPTS[3] + answers[3]] * 2  # greedy
     assert [len(one["logprobs"]) for one in made[2:4]] == [9, 9]
-    assert made[4]["error"].startswith("line 4 has 62 tokens")
+    assert made[4]["error"].startswith(f"{path} line 4 has 62 tokens")
     assert len(made[5]["tokens"]) == 2
     assert made[6]["text"] == answers[0].split(answers[0][3:5])[0]
     assert made[6]["stop"] == answers[0][3:5]
@@ -192,6 +192,18 @@ def test_routing_is_shown_in_colours(run, answers, main, capsys):
     legend = next(line for line in err.splitlines() if line.startswith("experts of layer 1:"))
     assert colours <= set(re.findall(r"48;5;(\d+)m", legend))
     assert len(colours) > 1
+
+
+@pytest.mark.parametrize("more", [[], ["--chat"]], ids=str)
+def test_what_a_stop_text_hides_is_not_shown_in_colours(run, main, capsys, more):
+    arguments = ["--checkpoint", str(run), "--prompt", PROMPTS[0], *GREEDY, *more]
+    assert main(arguments) == 0
+    whole = capsys.readouterr().out
+    stop = whole[3:5]
+    assert main([*arguments, "--stop", stop, "--show-routing", "1"]) == 0
+    shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).removesuffix("\n")
+    assert shown.endswith(whole.split(stop)[0])
+    assert stop not in shown.removeprefix(PROMPTS[0])
 
 
 def test_the_documented_program_runs(run, monkeypatch, capsys):
@@ -263,6 +275,7 @@ BAD = {
     "cache": (["--prompt", "a", "--cache-dtype", "int4"], "cache_dtype='int4' must be int8"),
     "weights": (["--prompt", "a", "--weights", "int4"], "weights='int4' must be int8"),
     "context": (["--prompt", "a", "--context", "8", *GREEDY], "context of 8"),
+    "beyond": (["--prompt", "a", "--context", "65", *GREEDY], "context=65 .* model's, which is 64"),
     "negative": (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0 must lie in 0..1e6"),
     "told": (["--prompt", "a", "--logprobs", "1"], "add --format jsonl"),
     "layer": (["--prompt", "a", "--show-routing", "2", *GREEDY], "--show-routing 2 is not in 0..1"),

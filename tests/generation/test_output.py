@@ -37,6 +37,11 @@ def test_any_number_of_answers_waits_for_the_first(capsys):
     assert capsys.readouterr().out == "".join(f"> a\n{number}\n\n" for number in range(count))
 
 
+def test_a_prompt_that_is_bos_alone_has_no_perplexity(capsys):
+    output.Text([output.Shown("", 1, False)]).take(event(0, "", True, prompt_logprobs=[None]))
+    assert capsys.readouterr().out == "nothing to score, the prompt is BOS alone\n"
+
+
 @pytest.mark.parametrize(
     ("text", "echo", "painted", "expected"),
     [
