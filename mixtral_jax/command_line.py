@@ -44,8 +44,13 @@ def interruptions() -> Iterator[threading.Event]:
     """Ctrl-C sets the event that this gives, where it would end the program; the second one does.
 
     An exception would come anywhere, in the middle of JAX's own work too, which may swallow it.
+    Nothing sets it in another thread than the main one, or where the shell has Ctrl-C ignored.
     """
     event = threading.Event()
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield event
+        return
 
     def note(number: int, frame: FrameType | None) -> None:
         if event.is_set():

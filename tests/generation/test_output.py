@@ -5,9 +5,12 @@ import math
 import os
 import signal
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from mixtral_jax.command_line import interruptions
 from mixtral_jax.generation import output
 from mixtral_jax.generation.answering import Event
 from mixtral_jax.generation.results import Answer, TokenLogProbability
@@ -118,3 +121,20 @@ def test_ctrl_c_ends_the_answers_after_an_event_and_not_in_the_middle_of_work(
     assert len(taken) == times
     assert signal.getsignal(signal.SIGINT) is before
     assert len(capsys.readouterr().out) == (0 if times == 2 else len(taken[0].text))
+
+
+def test_ctrl_c_stays_ignored_and_belongs_to_the_main_thread():
+    def stopped():
+        with interruptions() as event:
+            if threading.current_thread() is threading.main_thread():
+                os.kill(os.getpid(), signal.SIGINT)
+            return event.is_set()
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert not stopped()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with ThreadPoolExecutor() as pool:
+        assert not pool.submit(stopped).result()
+    assert stopped()
