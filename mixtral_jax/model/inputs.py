@@ -13,7 +13,7 @@ from mixtral_jax.config import InputError
 def check(tokens_BL: Any, positions_BL: Any, segments_BL: Any, vocab_size: int) -> None:
     """Raises InputError, in one line, for what is no batch of token ids of this vocabulary.
 
-    Of arrays that lie on several hosts, values are not looked at.
+    Of arrays that are traced, or lie on several hosts, values are not looked at.
     """
     shape = np.shape(tokens_BL)
     if len(shape) != 2 or 0 in shape:
@@ -46,4 +46,6 @@ def check(tokens_BL: Any, positions_BL: Any, segments_BL: Any, vocab_size: int) 
 
 def _seen(array: Any) -> bool:
     """Whether this process has the values."""
+    if isinstance(array, jax.core.Tracer):
+        return False
     return not isinstance(array, jax.Array) or array.is_fully_addressable

@@ -42,6 +42,12 @@ def test_what_is_no_batch_of_ids_is_refused(model, inputs, said):
     assert "\n" not in str(error.value)
 
 
+def test_what_is_traced_is_not_looked_at(model):
+    with jax.set_mesh(sharding.make_mesh()):
+        given = jax.ShapeDtypeStruct((2, 5), jnp.int32)
+        assert jax.eval_shape(lambda ids: model(ids, ids, ids), given).shape == (2, 5, 38)
+
+
 def test_sizes_that_do_not_split_over_a_mesh_are_refused():
     with pytest.raises(
         InputError, match=r"mesh.expert=3 does not divide model.num_local_experts=4"
