@@ -13,7 +13,7 @@ import os
 import pathlib
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mixtral_jax.config import InputError, ModelConfig
@@ -33,6 +33,7 @@ _SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 _SAME += ("num_attention_heads", "num_key_value_heads", "num_local_experts", "rope_theta")
 _SAME += ("num_experts_per_tok", "max_position_embeddings", "initializer_range")
 _DTYPES = ("float32", "bfloat16", "float16")
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Description:
     """One feed-forward network and no router: Mistral. num_local_experts is 1 then."""
     dtype: str | None
     """The type that the file names for its weights, such as bfloat16. The tensors decide."""
+    token_ids: Mapping[str, Any] = field(default_factory=dict)
+    """config.json's bos_token_id and so on: an id, several or null. What it lacks is not in it."""
 
 
 def read_json(path: str | os.PathLike[str]) -> dict:
@@ -133,7 +136,18 @@ def from_huggingface(values: Mapping[str, Any], name: str) -> Description:
     if not dense and read.given("router_aux_loss_coef"):
         sizes["load_balance_weight"] = read.coefficient("router_aux_loss_coef")
     dtype = read.text("dtype") or read.text("torch_dtype")
-    return Description(_checked(sizes, read.name), dense, dtype and dtype.removeprefix("torch."))
+    dtype = dtype and dtype.removeprefix("torch.")
+    return Description(_checked(sizes, read.name), dense, dtype, _token_ids(values))
+
+
+def _token_ids(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids in a config.json; what cannot be one is passed over, as it changes no weight."""
+
+    def good(value: object) -> bool:
+        ids = value if isinstance(value, list) else [value]
+        return value is None or all(type(one) is int for one in ids)
+
+    return {key: values[key] for key in _TOKEN_IDS if key in values and good(values[key])}
 
 
 def _architecture(values: Mapping[str, Any], read: Reader) -> str:
@@ -212,7 +226,7 @@ def from_mistral(values: Mapping[str, Any], name: str) -> Description:
 
 
 def to_huggingface(
-    config: ModelConfig, dtype: str, bos_id: int | None = 1, eos_id: int | None = 2
+    config: ModelConfig, dtype: str, token_ids: Mapping[str, Any] = {}
 ) -> dict[str, Any]:
     """A config.json for transformers.MixtralForCausalLM, of transformers 4 and of 5.
 
@@ -221,7 +235,8 @@ def to_huggingface(
     Args:
       config: the model.
       dtype: of the weights: float32, bfloat16 or float16.
-      bos_id, eos_id: the tokenizer's; None if it has none.
+      token_ids: bos_token_id, eos_token_id and pad_token_id, as far as they are known; null is
+        written for the others.
 
     Raises:
       ValueError: another dtype.
@@ -237,8 +252,7 @@ def to_huggingface(
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "dtype": dtype,
         "torch_dtype": dtype,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
+        **{key: token_ids.get(key) for key in _TOKEN_IDS},
         "hidden_act": "silu",
         "sliding_window": None,
         "tie_word_embeddings": False,
@@ -249,9 +263,9 @@ def to_huggingface(
     }
 
 
-def generation_config(bos_id: int | None = 1, eos_id: int | None = 2) -> dict[str, Any]:
+def generation_config(token_ids: Mapping[str, Any]) -> dict[str, Any]:
     """A generation_config.json for transformers: where a text begins and where it ends."""
-    return {"_from_model_config": True, "bos_token_id": bos_id, "eos_token_id": eos_id}
+    return {"_from_model_config": True, **{key: token_ids.get(key) for key in _TOKEN_IDS}}
 
 
 def to_mistral(config: ModelConfig) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def _from_own(source, target, to, dtype, max_shard_size) -> None:
         saving.write_own(model, checkpoint.tokenizer, target)
     else:
         beside = saving.tokenizer_files(checkpoint.tokenizer)
-        _write(saving.ModelWeights(model), beside, target, to, dtype, max_shard_size)
+        _write(saving.ModelWeights(model), beside, target, to, dtype, max_shard_size, {})
 
 
 def _from_files(source, target, to, dtype, max_shard_size, upcycling) -> None:
@@ -101,7 +101,8 @@ def _from_files(source, target, to, dtype, max_shard_size, upcycling) -> None:
         carried = _beside(source, to)
         beside = saving.tokenizer_files(tokenizer)
         beside |= {path.name: path.read_bytes() for path in carried}
-        _write(weights, beside, target, to, dtype, max_shard_size)
+        token_ids = folders.describe(source).token_ids
+        _write(weights, beside, target, to, dtype, max_shard_size, token_ids)
     weights.close()
     _say_what_was_left(source, carried)
 
@@ -112,14 +113,15 @@ def _on_host(load, config: ModelConfig, dtype: str | None) -> Mixtral:
     return load(config, sharding.make_mesh())
 
 
-def _write(weights, beside, target, to, dtype, max_shard_size) -> None:
+def _write(weights, beside, target, to, dtype, max_shard_size, token_ids) -> None:
     itemsize = saving.NUMPY_TYPES[dtype or weights.config.param_dtype].itemsize
     total = weights.config.num_parameters * itemsize
     with models.progress_bar("writing", total) as bar:
         if to is Kind.MISTRAL:
             saving.write_mistral(weights, beside, target, dtype, bar.update)
         else:
-            saving.write_huggingface(weights, beside, target, dtype, max_shard_size, bar.update)
+            options = (dtype, max_shard_size, bar.update, token_ids)
+            saving.write_huggingface(weights, beside, target, *options)
 
 
 def _beside(source: pathlib.Path, to: Kind) -> list[pathlib.Path]:

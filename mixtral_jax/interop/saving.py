@@ -11,7 +11,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import ml_dtypes
@@ -184,6 +184,7 @@ def write_huggingface(
     dtype: str | None = None,
     max_shard_size: int = SHARD_BYTES,
     progress: Callable[[int], object] = _nothing,
+    token_ids: Mapping[str, Any] = {},
 ) -> None:
     """A folder that transformers' MixtralForCausalLM reads.
 
@@ -191,7 +192,9 @@ def write_huggingface(
       dtype: float32 or bfloat16; None keeps each tensor's.
       max_shard_size: bytes of tensors in one file; a larger tensor has a file of its own.
       progress: called with the number of bytes of each tensor.
+      token_ids: what a config.json has said; of others the tokenizer's, and null without one.
     """
+    token_ids = {**_ids_of(tokenizer), **token_ids}
     with folders.new_folder(path) as folder:
         writer = Writer(weights, names.HUGGING_FACE, dtype, progress)
         files = shards(writer.tensors(), max_shard_size)
@@ -208,19 +211,32 @@ def write_huggingface(
             _write_json(folder / source.INDEX, index)
         stored = {str(tensor[1]) for tensors in files for _, tensor in tensors}
         stored = stored.pop() if len(stored) == 1 else "float32"
-        values = configs.to_huggingface(weights.config, stored)
+        values = configs.to_huggingface(weights.config, stored, token_ids)
         _write_json(folder / folders.HUGGING_FACE_CONFIG, values)
-        _write_json(folder / "generation_config.json", configs.generation_config())
+        _write_json(folder / "generation_config.json", configs.generation_config(token_ids))
         _write_tokenizer(folder, _for_transformers(tokenizer))
 
 
-def _for_transformers(tokenizer: TokenizerFiles) -> TokenizerFiles:
+def _tokenizer_in(files: TokenizerFiles) -> Tokenizer | None:
+    """The tokenizer of a SentencePiece file among these."""
+    name = next((name for name in folders.TOKENIZERS if name in files), None)
+    return None if name is None else Tokenizer.from_bytes(files[name], name)
+
+
+def _ids_of(files: TokenizerFiles) -> dict[str, int]:
+    """Where a text begins and ends, if a tokenizer says it."""
+    tokenizer = _tokenizer_in(files)
+    if tokenizer is None:
+        return {}
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+
+
+def _for_transformers(files: TokenizerFiles) -> TokenizerFiles:
     """The files, and those that AutoTokenizer wants beside a SentencePiece model, if not there."""
-    name = next((name for name in folders.TOKENIZERS if name in tokenizer), None)
-    if name is None or tokenizer_json.TOKENIZER_JSON in tokenizer:
-        return tokenizer
-    made = tokenizer_json.huggingface_files(Tokenizer.from_bytes(tokenizer[name], name))
-    return {**made, **tokenizer}
+    tokenizer = _tokenizer_in(files)
+    if tokenizer is None or tokenizer_json.TOKENIZER_JSON in files:
+        return files
+    return {**tokenizer_json.huggingface_files(tokenizer), **files}
 
 
 def write_mistral(

@@ -43,6 +43,7 @@ def config_keys(path):
     optional |= {"dtype", "torch_dtype", "bos_token_id", "eos_token_id", "hidden_act", "use_cache"}
     optional |= {"sliding_window", "tie_word_embeddings", "attention_dropout", "model_type"}
     optional |= {"router_jitter_noise", "output_router_logits", "rope_parameters"}
+    optional |= {"pad_token_id"}
     optional -= {"head_dim"} if path.name == PARAMS_JSON else set()
     return sorted(set(values) - optional)
 

@@ -293,7 +293,7 @@ def test_a_version_of_mistrals_tokenizer_stays_itself(main, tmp_path, version):
 def test_checkpoints_from_before_there_was_a_version(spoken, main, tmp_path):
     main(spoken, tmp_path / "own", "orbax")
     run = own.read_run(own.find(tmp_path / "own"))
-    assert set(run) == {"config", "data_state", "tokenizer", "checksums"}
+    assert set(run) == {"config", "data_state", "tokenizer", "files", "checksums"}
 
 
 # ---- refusals ----------------------------------------------------------------------------------
