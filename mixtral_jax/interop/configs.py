@@ -92,6 +92,7 @@ def describe(config: ModelConfig) -> Description:
 
 
 _WINDOW = "; shorter sequences than the window may use null in its place"
+_WINDOWS_THETA = ", and add rope_theta=10000, which mistral-inference uses where there is a window"
 
 
 def from_huggingface(values: Mapping[str, Any], name: str) -> Description:
@@ -191,7 +192,8 @@ def _rope_theta(values: Mapping[str, Any], read: Reader) -> float:
 def from_mistral(values: Mapping[str, Any], name: str) -> Description:
     """The sizes in a params.json of Mixtral, or of Mistral where it has no key moe.
 
-    A file without rope_theta means 1e6, as in mistral-inference. Released files name no longest
+    A file without rope_theta means 1e6, as in mistral-inference, which takes 10000 where there is a
+    sliding window: a file whose window is made null must say so. Released files name no longest
     sequence; without max_position_embeddings or max_seq_len it is 32768, Mixtral 8x7B's: a limit,
     which changes no weight and no angle, and which the caller may raise (8x22B: 65536).
 
@@ -201,7 +203,7 @@ def from_mistral(values: Mapping[str, Any], name: str) -> Description:
     read = Reader(values, one_line(name))
     read.allow("model_type", "transformer")
     for key in ("sliding_window", "_sliding_window"):
-        read.allow(key, fix=_WINDOW)
+        read.allow(key, fix=_WINDOW + ("" if read.given("rope_theta") else _WINDOWS_THETA))
     for key in ("lora", "quantization", "vision_encoder", "yarn", "rope_scaling"):
         read.allow(key)
     for key in ("tied_embeddings", "use_biases"):

@@ -21,6 +21,13 @@ HUGGING_FACE_CONFIG, MISTRAL_CONFIG = "config.json", "params.json"
 TOKENIZERS = ("tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1", "tokenizer.model")
 
 
+# Files that say that the weights beside them are not the model, and what to do.
+_NOT_THE_MODEL = {
+    "adapter_config.json": "merge the adapter into the weights first, or remove the file",
+    "quantize_config.json": "convert its quantized weights to bfloat16 first, or remove the file",
+}
+
+
 class Kind(enum.Enum):
     """The forms that a checkpoint comes in; values are the names that `convert` and users type."""
 
@@ -93,6 +100,9 @@ def open_weights(path: str | os.PathLike) -> source.FileWeights:
         raise InputError(
             f"{one_line(path)} holds this project's own checkpoint, whose files orbax reads"
         )
+    for name, fix in _NOT_THE_MODEL.items():
+        if (path / name).exists():
+            raise InputError(f"{one_line(path)} has {name}: {fix}")
     description = describe(path)
     huggingface = kind is Kind.HUGGING_FACE
     files = source.huggingface_files(path) if huggingface else source.mistral_files(path)
@@ -123,9 +133,15 @@ def load_tokenizer(path: str | os.PathLike, vocab_size: int) -> Tokenizer | None
     except InputError as error:
         raise InputError(one_line(error)) from None
     if tokenizer.vocab_size != vocab_size:
+        reason = "it is another model's"
+        if tokenizer.vocab_size < vocab_size:
+            reason = (
+                f"tokens were added to it; rename {file.name} to do without a tokenizer, or put "
+                f"one of {vocab_size} pieces in its place"
+            )
         raise InputError(
             f"tokenizer {one_line(file)} has {tokenizer.vocab_size} pieces, but the embedding has "
-            f"{vocab_size} rows: it is another model's"
+            f"{vocab_size} rows: {reason}"
         )
     return tokenizer
 

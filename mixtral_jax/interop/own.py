@@ -57,9 +57,16 @@ def _is_whole(path: pathlib.Path) -> bool:
     return (path / RUN).is_dir() and (path / PARAMS).is_dir()
 
 
+def _is_begun(path: pathlib.Path) -> bool:
+    return (path / RUN).is_dir() or (path / PARAMS).is_dir()
+
+
 def _steps(path: pathlib.Path) -> list[pathlib.Path]:
+    """The folders named by a number that hold a checkpoint, or a part of one."""
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    return [p for p in folder.iterdir() if p.name.isdecimal()] if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return [p for p in folder.iterdir() if p.name.isdecimal() and _is_begun(p)]
 
 
 def find(path: str | pathlib.Path) -> pathlib.Path:

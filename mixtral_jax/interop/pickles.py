@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
+import stat
 from collections.abc import Sequence
 
 import ml_dtypes
@@ -11,7 +12,7 @@ import numpy as np
 
 from mixtral_jax.config import InputError
 from mixtral_jax.interop.safetensors import TensorInfo
-from mixtral_jax.interop.strict_json import one_line, quote
+from mixtral_jax.interop.strict_json import one_line, quote, refuse_pointer
 
 PATTERNS = ("consolidated.[0-9][0-9].pth", "consolidated.[0-9][0-9].pt")
 
@@ -26,6 +27,7 @@ class PickleFile:
 
     def __init__(self, path: pathlib.Path):
         """Raises InputError if PyTorch's weights_only loader refuses the file."""
+        _check_file(path)
         import torch  # not a requirement of this project
 
         self.path = path
@@ -57,6 +59,17 @@ class PickleFile:
 
     def close(self) -> None:
         self._arrays = {}
+
+
+def _check_file(path: pathlib.Path) -> None:
+    """Refuse what PyTorch would wait for, or name in many words."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{one_line(path)} is not a regular file: name a file of weights")
+        with open(path, "rb") as file:
+            refuse_pointer(file.read(99), one_line(path))
+    except OSError as error:
+        raise InputError(f"{one_line(path)} cannot be read: {error.strerror}") from None
 
 
 def _to_numpy(tensor: object, path: pathlib.Path, name: object) -> np.ndarray:

@@ -25,7 +25,7 @@ from mixtral_jax.interop.safetensors_header import (
     make_header,
     parse_header,
 )
-from mixtral_jax.interop.strict_json import one_line, quote
+from mixtral_jax.interop.strict_json import one_line, quote, refuse_pointer
 
 _AT_ONCE = 2**30  # bytes; Linux writes at most 2 GiB a call
 _READ_AHEAD = 2**17  # bytes; what Linux reads ahead at a time unless it is told more
@@ -87,6 +87,7 @@ class SafetensorsFile:
             raise InputError(f"{self._name} has {self._size} bytes: too few for safetensors")
         length = int.from_bytes(self._read(8, 0), "little")
         if length > LONGEST_HEADER:
+            refuse_pointer(self._read(min(self._size, 99), 0), self._name)
             raise InputError(
                 f"{self._name}: a header of {length} bytes, more than the format's "
                 f"{LONGEST_HEADER}: not a safetensors file"

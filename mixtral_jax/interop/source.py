@@ -131,8 +131,11 @@ def huggingface_files(folder: pathlib.Path) -> list[File]:
             raise InputError(
                 f"{name}: {quote(tensor)} is in {quote(shard)}, which is no file of that folder"
             )
+    shards = sorted(set(weight_map.values()))
+    if (folder / SINGLE).exists() and shards != [SINGLE]:  # transformers would take that one
+        raise InputError(f"{one_line(folder)} has both {SINGLE} and {INDEX}: remove one of them")
     files = []
-    for shard in sorted(set(weight_map.values())):
+    for shard in shards:
         if not os.path.exists(folder / shard):  # unlike Path.exists, whatever the name
             missing = sum(s == shard for s in weight_map.values())
             raise InputError(

@@ -30,6 +30,15 @@ def one_line(path: object) -> str:
     return text if text.isprintable() else repr(text)
 
 
+_POINTER = b"version https://git-lfs"
+
+
+def refuse_pointer(data: bytes, name: str) -> None:
+    """Raises InputError if a file begins as those that Git LFS leaves in place of large ones."""
+    if data.startswith(_POINTER):
+        raise InputError(f"{name} is a Git LFS pointer, not the file itself: run git lfs pull")
+
+
 def parse_object(data: bytes, name: str) -> dict:
     """A JSON object from UTF-8 bytes.
 
@@ -42,6 +51,7 @@ def parse_object(data: bytes, name: str) -> dict:
     Raises:
       InputError: not UTF-8, not JSON, not an object, a key twice, or nested too deeply.
     """
+    refuse_pointer(data, name)
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
         made = dict(pairs)

@@ -6,17 +6,21 @@ every value is as good as any other.
 
 import json
 import os
+import shutil
 
 import pytest
 from checkpoint_faults import ANY, CONFIGS, FORMS, W2, message_of, weights_file
 from checkpoint_files import (
     CONFIG_JSON,
+    HUGGING_FACE,
     INDEX,
     PARAMS_JSON,
     edit_json,
     edit_tensors,
     tensors,
 )
+
+import mixtral_jax
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -105,6 +109,17 @@ def test_no_key_value_heads_are_not_taken_for_eight(copy):
 # ---- the index ---------------------------------------------------------------------------------
 
 
+def test_an_index_beside_a_single_file(valid, copy):
+    """transformers would take the file, whatever the index says."""
+    folder = copy("sharded")
+    shutil.copy(valid / "single" / HUGGING_FACE, folder)
+    expected = f"{folder} has both {HUGGING_FACE} and {INDEX}: remove one of them"
+    assert message_of(folder) == expected
+    names = tensors(valid / "single")
+    edit_json(folder / INDEX, lambda v: v.update(weight_map=dict.fromkeys(names, HUGGING_FACE)))
+    mixtral_jax.load_model(folder)
+
+
 def test_a_shard_that_is_missing(copy):
     folder = copy("sharded")
     path = weights_file(folder)
@@ -183,6 +198,7 @@ def test_a_shard_that_is_a_folder_or_a_pipe(copy):
         (b"weight_map: {}", "is not JSON"),
         (b"", "is not JSON"),
         (b"[]", "must be a JSON object"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "run git lfs pull"),
         (b'{"weight_map": {"a\\nb": "none"}}', "is missing"),
     ],
 )

@@ -22,6 +22,7 @@ from checkpoint_files import (
     write_dense,
 )
 
+import mixtral_jax
 from mixtral_jax.data.tokenizer import train_tokenizer
 from mixtral_jax.interop import convert
 
@@ -72,6 +73,20 @@ def test_a_folder_whose_name_has_a_line_break(valid, tmp_path):
     for break_it in breaks.values():
         break_it(folder)
         message_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("adapter_config.json", "merge the adapter into the weights first"),
+        ("quantize_config.json", "convert its quantized weights to bfloat16 first"),
+    ],
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_that_are_not_the_model(copy, form, name, words):
+    folder = copy(form)
+    (folder / name).write_text("{}")
+    assert message_of(folder).startswith(f"{folder} has {name}: {words}, ")
 
 
 @pytest.mark.parametrize("form", ["huggingface", "mistral"])
@@ -128,6 +143,16 @@ def spoken(tmp_path_factory, tokenizer):
     config = dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size)
     folder = tmp_path_factory.mktemp("spoken") / "valid"
     return write(folder, "mistral", Drawn(config), tokenizer)
+
+
+def test_tokens_that_were_added_to_the_embedding(tmp_path, tokenizer):
+    weights = Drawn(dataclasses.replace(CONFIG, vocab_size=320))
+    folder = write(tmp_path / "tuned", "single", weights, tokenizer)
+    message = message_of(folder)
+    assert "300 pieces, but the embedding has 320 rows: tokens were added to it" in message
+    assert "another model's" not in message
+    (folder / "tokenizer.model").rename(folder / "tokenizer.model.old")
+    assert mixtral_jax.load_model(folder)[1] is None
 
 
 def test_what_does_not_fit_the_model_is_said_before_the_weights_are_read(spoken, refuses):

@@ -61,3 +61,21 @@ def test_a_missing_key(written, key):
     path.write_text(json.dumps({k: v for k, v in run.items() if k != key}))
     expected = f"checkpoint {path.parents[1]} is not of this project: run has no {key}"
     assert message_of(path.parents[1]) == expected
+
+
+@pytest.mark.parametrize("part", ["file", "folder"])
+def test_a_number_beside_weights_is_no_checkpoint(copy, part):
+    folder = copy("single")
+    if part == "file":
+        (folder / "2024").touch()
+    else:
+        (folder / "2024" / "notes").mkdir(parents=True)
+    mixtral_jax.load_model(folder)
+
+
+@pytest.mark.parametrize("item", [own.RUN, own.PARAMS])
+def test_a_part_of_a_checkpoint_is_a_damaged_one(tmp_path, item):
+    step = tmp_path / own.FOLDER / "7"
+    (step / item).mkdir(parents=True)
+    (tmp_path / own.FOLDER / "9").mkdir()
+    assert f"checkpoint {step} is damaged: run" in message_of(tmp_path)

@@ -12,6 +12,7 @@ from checkpoint_files import (
     write,
 )
 
+from mixtral_jax.config import InputError
 from mixtral_jax.interop import folders, pickles
 
 
@@ -108,3 +109,15 @@ def test_a_pickle_cut_short(pickled):
     for length in (0, 1, 99, -1):
         path.write_bytes(path.read_bytes()[:length])
         assert str(path) in message_of(folder)
+
+
+def test_a_pickle_that_is_none(tmp_path):
+    """Said before PyTorch looks: a named pipe would be waited for."""
+    path = tmp_path / "consolidated.00.pth"
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="is not a regular file"):
+        pickles.PickleFile(path)
+    path.unlink()
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    with pytest.raises(InputError, match="is a Git LFS pointer, not the file itself"):
+        pickles.PickleFile(path)

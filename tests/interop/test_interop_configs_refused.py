@@ -130,7 +130,11 @@ def test_what_is_not_mixtral_is_named(change, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"sliding_window": 4096}, ["sliding_window=4096", "must be null"]),
+        (
+            {"sliding_window": 4096},
+            ["sliding_window=4096", "in its place, and add rope_theta=1000"],
+        ),
+        ({"sliding_window": 4096, "rope_theta": 1e4}, ["null in its place"]),
         ({"_sliding_window": [4096]}, ["_sliding_window", "must be null"]),
         ({"model_type": "mamba"}, ["model_type='mamba'", "transformer"]),
         ({"lora": {"rank": 4}}, ["lora"]),

@@ -61,6 +61,7 @@ HUGE = 2**63
         (b"", ["0 bytes", "too few"]),
         (b"1234567", ["7 bytes", "too few"]),
         (bytes(8), ["does not start with a brace"]),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", ["run git lfs pull"]),
         (b"\xff" * 30, ["header of 18446744073709551615 bytes", "100000000"]),
         (build(b"{}", length=100_000_001), ["100000001", "100000000"]),
         (build(b"{}", length=100_000_000), ["header of 100000000 bytes", "of 10", "cut short?"]),
