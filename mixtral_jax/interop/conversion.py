@@ -66,8 +66,8 @@ def convert(
     files = [path for path in target.rglob("*") if path.is_file()]
     written = sum(path.stat().st_size for path in files)
     print(
-        f"{target}: {to.value}, {len(files)} files, {written / 1e9:.3f} GB in {seconds:.1f} s "
-        f"({written / seconds / 1e9:.2f} GB/s)"
+        f"{one_line(target)}: {to.value}, {len(files)} files, {written / 1e9:.3f} GB in "
+        f"{seconds:.1f} s ({written / seconds / 1e9:.2f} GB/s)"
     )
 
 
@@ -100,11 +100,11 @@ def _from_files(source, target, to, dtype, max_shard_size, upcycling) -> None:
     else:
         carried = _beside(source, to)
         beside = saving.tokenizer_files(tokenizer)
-        beside |= {path.name: path.read_bytes() for path in carried}
+        beside |= {path.name: _content(path) for path in carried}
         token_ids = folders.describe(source).token_ids
         _write(weights, beside, target, to, dtype, max_shard_size, token_ids)
     weights.close()
-    _say_what_was_left(source, carried)
+    _say_what_was_left(source, [*carried, *(file.path for file in weights.files)])
 
 
 def _on_host(load, config: ModelConfig, dtype: str | None) -> Mixtral:
@@ -132,14 +132,17 @@ def _beside(source: pathlib.Path, to: Kind) -> list[pathlib.Path]:
     return found
 
 
-def _say_what_was_left(source: pathlib.Path, carried: list[pathlib.Path]) -> None:
+def _content(path: pathlib.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{one_line(path)} cannot be read: {error.strerror}") from None
+
+
+def _say_what_was_left(source: pathlib.Path, used: list[pathlib.Path]) -> None:
     """Name the files of the source that the target has nothing of."""
-    known = {folders.HUGGING_FACE_CONFIG, folders.MISTRAL_CONFIG, INDEX, "generation_config.json"}
-    known |= {path.name for path in carried}
-    left = sorted(
-        path.name
-        for path in source.iterdir()
-        if path.name not in known and path.suffix not in (".safetensors", ".pt", ".pth")
-    )
+    known = {folders.HUGGING_FACE_CONFIG, folders.MISTRAL_CONFIG, INDEX}
+    known |= {path.name for path in used}
+    left = sorted(path.name for path in source.iterdir() if path.name not in known)
     if left:
         print(f"not carried over: {', '.join(map(one_line, left))}", file=sys.stderr)

@@ -10,9 +10,12 @@ network in each layer and a fresh router.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+import signal
 import sys
+from typing import NoReturn
 
 from mixtral_jax.command_line import Parser, report
 from mixtral_jax.config import InputError, MeshConfig
@@ -45,16 +48,45 @@ def make_parser() -> Parser:
     forms = [kind.value for kind in Kind]
     add("--to", required=True, choices=forms, help="orbax is this project's own form")
     add("--dtype", choices=list(DTYPES), help="type of the weights; as they are by default")
-    add("--max-shard-size", default="5GB", metavar="SIZE", help="of huggingface's files")
+    help = "of huggingface's files (default 5GB)"
+    add("--max-shard-size", metavar="SIZE", help=help)
     add("--upcycle", type=int, metavar="N", help="make a Mixtral of N experts from a dense model")
-    add("--experts-per-token", type=int, default=2, metavar="K", help="with --upcycle (default 2)")
-    add("--seed", type=int, default=0, metavar="S", help="of the router, with --upcycle")
+    add("--experts-per-token", type=int, metavar="K", help="with --upcycle (default 2)")
+    add("--seed", type=int, metavar="S", help="of the router, with --upcycle (default 0)")
     return parser
 
 
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Fill in the defaults of flags, and refuse those that would change nothing."""
+    sparse, sharded = arguments.upcycle is not None, Kind(arguments.to) is Kind.HUGGING_FACE
+    for flag, default, used, needed in (
+        ("experts_per_token", 2, sparse, "--upcycle N"),
+        ("seed", 0, sparse, "--upcycle N"),
+        ("max_shard_size", "5GB", sharded, "--to huggingface"),
+    ):
+        value = getattr(arguments, flag)
+        if value is None:
+            setattr(arguments, flag, default)
+        elif not used:
+            raise InputError(f"--{flag.replace('_', '-')} {quote(value)} needs {needed}")
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
 def main(argv: list[str] | None = None) -> int:
+    old = signal.signal(signal.SIGTERM, _stop)  # so that what is half written is removed
+    try:
+        return _main(argv)
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def _main(argv: list[str] | None) -> int:
     try:
         arguments = make_parser().parse_args(argv)
+        check_flags(arguments)
         limit = size(arguments.max_shard_size)
         recognise(arguments.source)
         check_free(arguments.target)
@@ -84,4 +116,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # of a name that the terminal cannot show
     sys.exit(main())

@@ -13,12 +13,19 @@ import jax
 import tqdm
 
 from mixtral_jax import sharding
-from mixtral_jax.config import DTYPES, MeshConfig, ModelConfig, check_choice, check_mesh
+from mixtral_jax.config import (
+    DTYPES,
+    InputError,
+    MeshConfig,
+    ModelConfig,
+    check_choice,
+    check_mesh,
+)
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.interop import folders, loading, own, own_arrays, saving
 from mixtral_jax.interop.folders import Kind
 from mixtral_jax.model.int8 import Int8
-from mixtral_jax.model.mixtral import Mixtral
+from mixtral_jax.model.mixtral import Block, Mixtral
 from mixtral_jax.model.quantized import quantized
 
 
@@ -75,11 +82,15 @@ def save_model(
       format: orbax, this project's own; huggingface; or mistral.
       max_shard_size: bytes in one file; huggingface only.
     Raises:
-      InputError: if the folder holds something or cannot be written.
-      ValueError: if the model is in int8, which no format holds.
+      InputError: if the folder holds something or cannot be written, or a size is below 1.
+      ValueError: if the model is in int8 or its layers are in a list, which no format holds.
     """
     if isinstance(getattr(model, "head_DV", None), Int8):
         raise ValueError("the model is in int8, which no format holds: save it before `quantized`")
+    if not isinstance(model.layers, Block):
+        raise ValueError("the model's layers are in a list: save it before `unstacked`")
+    if max_shard_size < 1:
+        raise InputError(f"max_shard_size={max_shard_size} must be at least 1")
     check_choice("format", format, tuple(kind.value for kind in Kind))
     if format == Kind.OWN.value:
         saving.write_own(model, tokenizer, path)

@@ -34,6 +34,7 @@ from mixtral_jax.interop import (
 )
 from mixtral_jax.interop.names import Format, Piece
 from mixtral_jax.interop.safetensors import write_safetensors
+from mixtral_jax.interop.strict_json import one_line
 from mixtral_jax.model.mixtral import Mixtral
 
 SHARD_BYTES = 5 * 10**9
@@ -265,15 +266,16 @@ def write_own(model: Mixtral, tokenizer: Tokenizer | None, path: str | os.PathLi
     Raises:
       InputError: if there is something at `path`, or it cannot be written.
     """
-    path = pathlib.Path(path)
     folders.check_free(path)
+    path = pathlib.Path(path).resolve()
     length = min(TrainingConfig.sequence_length, model.config.max_position_embeddings)
     config = Config(model=model.config, training=TrainingConfig(sequence_length=length))
     extras = own.Extras(config, np.zeros((0, 2), np.int64), tokenizer, None)
     try:
         if path.is_dir():
             path.rmdir()  # it is empty, and orbax makes it
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         own_arrays.write_model(model, extras, path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+        reason = error.strerror or error
+        raise InputError(f"{one_line(path)} cannot be written: {reason}") from None

@@ -16,7 +16,7 @@ from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.interop import names
 from mixtral_jax.interop.configs import MOST_EXPERTS
 from mixtral_jax.interop.names import Piece
-from mixtral_jax.interop.source import FileWeights
+from mixtral_jax.interop.source import File, FileWeights
 from mixtral_jax.interop.strict_json import quote
 
 
@@ -51,6 +51,10 @@ class Upcycled:
         return sorted(
             names.pieces(self.config), key=lambda piece: order.get(self._origin(piece), len(order))
         )
+
+    @property
+    def files(self) -> list[File]:
+        return self._dense.files
 
     @property
     def nbytes(self) -> int:

@@ -1,16 +1,26 @@
 """What lies beside the weights of a folder: what convert carries over, says of it and refuses."""
 
 import dataclasses
+import errno
 import io
 import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
 
 import pytest
 import sentencepiece
 from checkpoint_files import CONFIG, CONFIG_JSON, Drawn, edit_json, write
 
 import mixtral_jax
+from mixtral_jax.config import InputError
 from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.interop import folders, own_arrays, saving
 
+ROOT = pathlib.Path(__file__).parents[2]
+FORMS = ("orbax", "huggingface", "mistral")
 GENERATION = "generation_config.json"
 
 
@@ -77,3 +87,83 @@ def test_nothing_is_claimed_where_nothing_is_known(copy, main, ids):
         source = target
         if form == "huggingface":
             assert token_ids(target) == [None, None, None]
+
+
+# ---- what becomes of the target ----------------------------------------------------------------
+
+
+def test_a_file_beside_that_may_not_be_read(copy, main, monkeypatch):
+    source, read = copy("single"), pathlib.Path.read_bytes
+
+    def deny(path):
+        if path.name == GENERATION:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", deny)
+    code, _, err = main(source, source.with_name("target"), "huggingface")
+    assert (code, err) == (2, f"error: {source / GENERATION} cannot be read: Permission denied\n")
+    assert not source.with_name("target").exists()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_folder_that_nothing_can_be_renamed_over(valid, main, tmp_path, monkeypatch, form):
+    """Said before anything is written."""
+    source = valid / "single"
+    monkeypatch.chdir(tmp_path)
+    for target in (".", tmp_path):
+        code, _, err = main(source, target, form)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"{target} is where a disk is mounted or this command runs: name a new" in err
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "disk")
+    for target in (tmp_path / "disk", tmp_path / "link"):
+        assert "is where a disk is mounted" in main(source, target, form)[2]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "link"]
+
+
+def test_what_another_process_is_writing_stays(tmp_path, monkeypatch):
+    """Also where it has the same name, as it may where both are process 1 of their containers."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    monkeypatch.setattr(folders.secrets, "token_hex", lambda count: "1")
+    with folders.new_folder(tmp_path / "target") as other:
+        (other / "mine").touch()
+        with (
+            pytest.raises(InputError, match="File exists"),
+            folders.new_folder(tmp_path / "target"),
+        ):
+            pytest.fail("it is the other's")
+        assert [path.name for path in other.iterdir()] == ["mine"]
+    assert (tmp_path / "target" / "mine").exists()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sigterm_leaves_nothing(valid, main, tmp_path, monkeypatch, form):
+    def terminate(*arguments, **keywords):
+        assert form == "mistral" or any(tmp_path.iterdir())
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(saving, "_write_json", terminate)
+    monkeypatch.setattr(own_arrays.ocp.CompositeCheckpointHandler, "save", terminate)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            main(valid / "single", tmp_path / "target", form)
+        assert stopped.value.code == 143
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_target_whose_name_the_terminal_cannot_show(valid, tmp_path):
+    target = tmp_path / "zwei\nZeilen für uns"
+    command = [sys.executable, "-m", "mixtral_jax.interop.convert", valid / "mistral", target]
+    here = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [*command, "--to", "mistral"], capture_output=True, text=True, cwd=ROOT, env=here
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+    assert r"zwei\nZeilen f\xfcr uns': mistral, 2 files, " in done.stdout

@@ -18,6 +18,7 @@ from mixtral_jax.config import InputError
 from mixtral_jax.interop import folders, layout, loading, models, names, saving
 from mixtral_jax.interop.names import Piece
 from mixtral_jax.model.mixtral import Mixtral, abstract_state
+from mixtral_jax.model.unstacked import unstacked
 
 FORMS = ("orbax", "huggingface", "mistral")
 MESHES = [(1, 1, 1, 1), (2, 1, 4, 1), (1, 2, 2, 2)]
@@ -316,6 +317,17 @@ def test_a_write_that_fails_leaves_nothing(one, form, tmp_path, monkeypatch):
     monkeypatch.setattr(saving, "_write_json", fail)
     with pytest.raises(InputError, match="cannot be written: No space left on device"):
         mixtral_jax.save_model(one, None, tmp_path / "target", form)
+    assert not os.listdir(tmp_path)
+
+
+def test_what_no_form_holds_is_refused(one, tmp_path):
+    apart = unstacked(one)
+    for form in FORMS:
+        with pytest.raises(ValueError, match="layers are in a list: save it before"):
+            mixtral_jax.save_model(apart, None, tmp_path / "x", form)
+    for size in (0, -1):
+        with pytest.raises(InputError, match=f"max_shard_size={size} must be at least 1"):
+            mixtral_jax.save_model(one, None, tmp_path / "x", "huggingface", size)
     assert not os.listdir(tmp_path)
 
 
