@@ -6,6 +6,7 @@ still decodes is found out.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import glob
 import logging
@@ -158,8 +159,11 @@ def write_model(model: Mixtral, extras: own.Extras, path: pathlib.Path) -> None:
     except BaseException as error:
         with quiet():
             _join(set(threading.enumerate()) - threads)
+        # What tensorstore has begun goes on, and its threads say what they miss then.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         if jax.process_index() == 0:
             _remove(path)
+            atexit.register(_remove, path, tries=1)
         # tensorstore says with a ValueError that a disk is full.
         if not isinstance(error, OSError | ValueError | RuntimeError):
             raise
@@ -174,9 +178,9 @@ def _join(threads: set[threading.Thread]) -> None:
             thread.join(max(0, end - time.monotonic()))
 
 
-def _remove(path: pathlib.Path) -> None:
+def _remove(path: pathlib.Path, tries: int = 5) -> None:
     """What orbax has begun of a checkpoint, which it leaves; tensorstore may still be writing."""
-    for _ in range(5):
+    for _ in range(tries):
         for begun in path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"):
             shutil.rmtree(begun, ignore_errors=True)
         time.sleep(0.1)

@@ -157,6 +157,22 @@ def test_sigterm_leaves_nothing(valid, main, tmp_path, monkeypatch, form):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_orbax_writes_after_all_is_removed_as_the_program_ends(
+    valid, main, tmp_path, monkeypatch
+):
+    def interrupt(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    at_end = []
+    monkeypatch.setattr(own_arrays.ocp.CompositeCheckpointHandler, "save", interrupt)
+    monkeypatch.setattr(own_arrays.atexit, "register", lambda *a, **k: at_end.append((a, k)))
+    assert main(valid / "single", tmp_path / "target", "orbax") == (130, "", "")
+    (tmp_path / "target.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    for (function, *arguments), keywords in at_end:
+        function(*arguments, **keywords)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_target_whose_name_the_terminal_cannot_show(valid, tmp_path):
     target = tmp_path / "zwei\nZeilen für uns"
     command = [sys.executable, "-m", "mixtral_jax.interop.convert", valid / "mistral", target]
