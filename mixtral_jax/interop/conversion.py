@@ -48,7 +48,7 @@ def convert(
 
     Args:
       dtype: float32 or bfloat16; None keeps the type of each tensor. orbax has one type for all:
-        float32 where a source has several.
+        float32 where a source has several, or float16.
       max_shard_size: bytes in one file; huggingface only.
     Raises:
       InputError: naming the file and tensor, or the value, at fault; nothing is at `target` then.

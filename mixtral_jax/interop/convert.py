@@ -2,7 +2,8 @@
 
 SOURCE is a folder in any form that generate.py takes; TARGET is a new folder. Between Hugging
 Face's and Mistral's forms, tensors go one at a time; to and from orbax the whole model is in the
-host's memory once. Nothing changes but names, order and, if --dtype says so, the type.
+host's memory, at times twice. Nothing changes but names, order and, if --dtype says so, the type;
+orbax holds float16 as float32, with the same values.
 
 With --upcycle N, SOURCE is a dense Mistral, and TARGET a Mixtral with N copies of its feed-forward
 network in each layer and a fresh router.

@@ -47,7 +47,8 @@ def load_model(
     Args:
       mesh: from sharding.make_mesh; None is one device.
       dtype: float32 or bfloat16, of the weights and of what is computed. None keeps the weights as
-        they are stored, and computes in float32 on CPU and in bfloat16 elsewhere.
+        they are stored, but float16 or several types as float32, and computes in float32 on CPU and
+        in bfloat16 elsewhere.
       int8: the large matrices in int8, for inference; see model/quantized.py. Each is quantised as
         it is read, so no host or device holds the model in another type; of this project's own
         checkpoints the whole model is read first.
