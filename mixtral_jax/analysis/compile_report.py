@@ -57,7 +57,7 @@ def compile_report(config: Config, name: str, slices: int = 1) -> dict[str, Any]
     mesh = topology.make_mesh(config.mesh, target)
     with jax.set_mesh(mesh):
         kernels = kernels_of_step(config)
-    check_kernels(kernels)
+    check_kernels(kernels, target.priced)
     training = config.training
     tokens = training.batch_size * training.sequence_length / target.chips
     report = {
@@ -76,12 +76,18 @@ def compile_report(config: Config, name: str, slices: int = 1) -> dict[str, Any]
     return report
 
 
-def check_kernels(kernels: dict[str, str]) -> None:
-    """Refuse those that ask the GPU at hand what they are compiled for.
+def check_kernels(kernels: dict[str, str], priced: bool) -> None:
+    """Refuse those that ask the GPU at hand what they are compiled for, and, where programs are
+    priced, those whose loops the compiler would count once.
 
     Raises:
-      InputError: for tokamax.
+      InputError: for tokamax, and for attention by chunks.
     """
+    if priced and kernels["attention"] == "chunks":
+        raise InputError(
+            "model.attention=chunks is a loop, of which the TPU's compiler would count one turn: "
+            "with --compile-only leave it empty, or use xla"
+        )
     if kernels["grouped_matmul"] == "tokamax":
         raise InputError(
             "model.grouped_matmul=tokamax compiles for the GPU at hand alone: with --compile-only "
@@ -135,7 +141,8 @@ def table(report: dict[str, Any]) -> str:
     """A report as lines to read."""
     memory, gib = report["bytes_per_device"], 2**30
     rows = [
-        ("compiled for", f"{report['topology']}, {report['chips']} chips; all per chip and step"),
+        ("compiled for", f"{report['topology']}, {report['chips']} chips"),
+        ("figures", "memory of a device, all else per chip and step"),
         ("kernels", ", ".join(f"{part} {body}" for part, body in report["kernels"].items())),
         ("fits", "yes" if report["fits"] else "NO"),
         *((f"memory, {name}", f"{memory[name] / gib:,.2f} GiB") for name in memory),

@@ -142,7 +142,7 @@ def generation_report(
     mesh, model = topology.make_mesh(config.mesh, target), config.model.dropless()
     _check(config, batch)
     with jax.set_mesh(mesh):
-        check_kernels(chosen_kernels(model, batch.sequences, batch.length))
+        check_kernels(chosen_kernels(model, batch.sequences, batch.length), target.priced)
     whole = two_programs(model, mesh, batch)
     report = {"topology": target.name, "chips": target.chips, **batch._asdict()}
     for kind, program in whole.items():
@@ -222,7 +222,8 @@ def table(report: dict[str, Any]) -> str:
     """A report as lines to read."""
     gib = 2**30
     rows = [
-        ("compiled for", f"{report['topology']}, {report['chips']} chips; all per chip"),
+        ("compiled for", f"{report['topology']}, {report['chips']} chips"),
+        ("figures", "memory of a device, all else per chip"),
         (
             "batch",
             f"{report['sequences']} prompts of {report['prompt_length']} tokens in parts of "

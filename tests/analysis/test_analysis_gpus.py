@@ -97,9 +97,11 @@ def test_kernels_that_ask_the_gpu_at_hand_are_refused():
     from mixtral_jax.analysis.compile_report import check_kernels
     from mixtral_jax.config import InputError
 
-    check_kernels({"grouped_matmul": "hopper"})
+    check_kernels({"grouped_matmul": "hopper", "attention": "chunks"}, priced=False)
     with pytest.raises(InputError, match=r"^model.grouped_matmul=tokamax .* use hopper or"):
-        check_kernels({"grouped_matmul": "tokamax"})
+        check_kernels({"grouped_matmul": "tokamax"}, priced=False)
+    with pytest.raises(InputError, match=r"model.attention=chunks is a loop.* or use xla"):
+        check_kernels({"grouped_matmul": "megablox", "attention": "chunks"}, priced=True)
 
 
 def test_without_the_plugin_the_message_says_what_to_install(config_file, capsys, monkeypatch):
