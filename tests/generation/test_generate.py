@@ -300,5 +300,5 @@ def test_bad_checkpoints_are_one_line_and_exit_code_2(run, refused, tmp_path):
     refused(["--checkpoint", str(ROOT), *prompt], "holds no checkpoint")
     untold = run / "checkpoints" / "3"
     refused(["--checkpoint", str(untold), *prompt], "has no tokenizer")
-    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "run").mkdir(parents=True)
     refused(["--checkpoint", str(tmp_path), *prompt], "checkpoint .*7 is damaged")
