@@ -97,8 +97,9 @@ class Run:
             self._compiling = ThreadPoolExecutor(1, "compile").submit(self._compile)
         self.state = self._fresh_state() if checkpoints is None else self._restored(checkpoints)
         start_up.end("state")
+        folder.mkdir(parents=True, exist_ok=True)
+        hold.take(folder)
         self.folder = run_folder.write(config)
-        hold.take(self.folder)
         if self.tokenizer is not None and jax.process_index() == 0:
             self.tokenizer.save(self.folder / self.tokenizer.file_name)
         self.checkpoints = Checkpoints(self.folder, config.training.keep_checkpoints)

@@ -77,12 +77,11 @@ def check(config: Config) -> bool:
 
 
 def write(config: Config) -> pathlib.Path:
-    """Make the folder and put the config there, whole or not at all; returns the folder.
+    """Put the config into the folder, which exists, whole or not at all; returns the folder.
 
     On several hosts one of them writes: the folder is shared.
     """
     folder = pathlib.Path(config.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() != 0:
         return folder
     temporary = folder / _NEW

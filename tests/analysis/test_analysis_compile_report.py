@@ -89,17 +89,22 @@ def test_the_report_of_three_layers_is_that_of_the_unrolled_program(
     assert report["collectives"]["ragged-all-to-all"]["count"] == 3 * 4
 
 
+def one_layer(topology_name, batch, length, **sizes):
+    """The config of a model with one layer on fsdp=4 of a slice, and its price."""
+    model = {**sizes, "num_hidden_layers": 1, "max_position_embeddings": length}
+    training = {"batch_size": batch, "sequence_length": length}
+    config = make_config(model=model, training=training, mesh={"fsdp": 4})
+    target = topology.get_slice(topology_name)
+    mesh = topology.make_mesh(config.mesh, target)
+    return config.model, prices.price_of_layers(config, mesh, target, 1)
+
+
 @compiles
 def test_compiled_flops_are_those_of_the_model_and_the_buffers(libtpu, optimized):
     """Of a dense-like model, whose every expert is on every device: no worst-case buffers."""
     sizes = {"hidden_size": 256, "intermediate_size": 384, "vocab_size": 512, "head_dim": 64}
-    training = {"batch_size": 4, "sequence_length": 128}
-    model = {**sizes, "num_hidden_layers": 1, "max_position_embeddings": 128}
-    config = make_config(model=model, training=training, mesh={"fsdp": 4})
-    target = topology.get_slice("v5p:2x2x1")
-    mesh = topology.make_mesh(config.mesh, target)
-    found = prices.price_of_layers(config, mesh, target, 1)
-    wanted = 128 * training_flops_per_token(config.model, 128)
+    model, found = one_layer("v5p:2x2x1", 4, 128, **sizes)
+    wanted = 128 * training_flops_per_token(model, 128)
     assert 0.9 < found.compiled.flops / wanted < 3
     assert "ragged-all-to-all" not in found.collectives
 
@@ -108,14 +113,9 @@ def test_compiled_flops_are_those_of_the_model_and_the_buffers(libtpu, optimized
 def test_a_gather_that_runs_beside_other_work_counts_once(libtpu, optimized):
     """Every matrix once, in bfloat16 but for the router's; norms lie whole."""
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 1024, "head_dim": 128}
-    training = {"batch_size": 8, "sequence_length": 512}
-    model = {**sizes, "num_hidden_layers": 1, "max_position_embeddings": 512}
-    config = make_config(model=model, training=training, mesh={"fsdp": 4})
-    target = topology.get_slice("v5e:2x2")
-    mesh = topology.make_mesh(config.mesh, target)
-    found = prices.price_of_layers(config, mesh, target, 1)
+    model, found = one_layer("v5e:2x2", 8, 512, **sizes)
     router = 512 * 4
-    matrices = config.model.num_parameters - router - 3 * 512
+    matrices = model.num_parameters - router - 3 * 512
     sent = 3 / 4 * (2 * matrices + 4 * router)
     assert found.collectives["all-gather"]["bytes"] == pytest.approx(sent, rel=1e-3)
 
