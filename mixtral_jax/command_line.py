@@ -40,28 +40,31 @@ def report(error: InputError | OutputError | TrainingError) -> int:
 
 
 @contextlib.contextmanager
-def interruptions() -> Iterator[threading.Event]:
+def interruptions(*others: int) -> Iterator[threading.Event]:
     """Ctrl-C sets the event that this gives, where it would end the program; the second one does.
 
     An exception would come anywhere, in the middle of JAX's own work too, which may swallow it.
     Nothing sets it in another thread than the main one, or where the shell has Ctrl-C ignored.
+
+    Args:
+      others: signals that set it too.
     """
     event = threading.Event()
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        yield event
-        return
 
     def note(number: int, frame: FrameType | None) -> None:
-        if event.is_set():
+        if number == signal.SIGINT and event.is_set():
             raise KeyboardInterrupt
         event.set()
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        heard = [n for n in (signal.SIGINT, *others) if signal.getsignal(n) != signal.SIG_IGN]
+        before = {number: signal.signal(number, note) for number in heard}
     try:
         yield event
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def with_huge_pages() -> None:

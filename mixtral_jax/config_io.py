@@ -173,7 +173,7 @@ def to_dict(config: typing.Any) -> dict:
 
 
 def apply_overrides(values: dict, overrides: typing.Sequence[str]) -> dict:
-    """The same nested dictionary with `section.key=value` texts laid over it."""
+    """The same nested dictionary with `section.key=value` texts laid over it, and ~ spelled out."""
     merged = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
     for text in overrides:
         name, equals, raw = text.partition("=")
@@ -186,7 +186,20 @@ def apply_overrides(values: dict, overrides: typing.Sequence[str]) -> dict:
         if not isinstance(target, dict):
             raise InputError(f"{section}: {target!r} must be a section with keys")
         target[key] = _value(section, key, raw)
+    for section, key in _PATHS:
+        merged = _with_home(merged, section, key)
     return merged
+
+
+_PATHS = (("model", "checkpoint"), ("data", "tokenizer"), ("run", "dir"))
+
+
+def _with_home(values: dict, section: str, key: str) -> dict:
+    """The same with a path of the user's home, ~ or ~name at its start, as shells spell it out."""
+    inner = values.get(section)
+    if not isinstance(inner, dict) or not isinstance(inner.get(key), str):
+        return values
+    return {**values, section: {**inner, key: os.path.expanduser(inner[key])}}
 
 
 def _value(section: str, key: str, raw: str) -> object:
@@ -265,8 +278,6 @@ def load(
       InputError: with one line that names the value and what was expected.
     """
     values = apply_overrides(read_yaml(path), overrides)
-    for section, key in _PATHS:
-        values = _with_home(values, section, key)
     folder = f"runs/{pathlib.Path(path).stem}"
     if isinstance(run := values.get("run"), dict):
         folder = str(run.get("dir") or folder)
@@ -274,17 +285,6 @@ def load(
         values = with_sizes(values, functools.partial(sizes_of, run_dir=folder))
     config = from_dict(values)
     return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder))
-
-
-_PATHS = (("model", "checkpoint"), ("data", "tokenizer"), ("run", "dir"))
-
-
-def _with_home(values: dict, section: str, key: str) -> dict:
-    """The same with a path of the user's home, ~ or ~name at its start, as shells spell it out."""
-    inner = values.get(section)
-    if not isinstance(inner, dict) or not isinstance(inner.get(key), str):
-        return values
-    return {**values, section: {**inner, key: os.path.expanduser(inner[key])}}
 
 
 def save(config: Config, path: str | pathlib.Path) -> None:

@@ -315,7 +315,7 @@ def test_an_override_that_is_not_one(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["0123", "2026_12_01", "1.50", "#1", "~", "2026-13-45", "0b_", "[" * 3000, "a: b", "1:30"],
+    ["0123", "2026_12_01", "1.50", "#1", "2026-13-45", "0b_", "[" * 3000, "a: b", "1:30"],
 )
 def test_a_field_of_text_takes_an_override_as_it_is(text):
     assert config_io.from_dict(config_io.apply_overrides({}, [f"run.dir={text}"])).run.dir == text

@@ -22,8 +22,9 @@ from jax.sharding import NamedSharding
 
 from mixtral_jax import config_io, sharding
 from mixtral_jax.analysis import prices, topology
-from mixtral_jax.analysis.compile_report import aligned, check_kernels, check_path, estimates, write
+from mixtral_jax.analysis.compile_report import aligned, check_kernels, estimates
 from mixtral_jax.analysis.memory import bytes_of, memory_of
+from mixtral_jax.analysis.report_file import check_path, write
 from mixtral_jax.config import Config, InputError, ModelConfig
 from mixtral_jax.generation.engine import PART
 from mixtral_jax.generation.programs import ENDS, Lanes, Rows, empty, functions

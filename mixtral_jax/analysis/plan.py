@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
-import pathlib
 import shlex
 import sys
 from typing import Any
 
 from mixtral_jax import command_line, config_io
-from mixtral_jax.analysis import chips, search
+from mixtral_jax.analysis import chips, report_file, search
 from mixtral_jax.config import (
     DTYPES,
     PRESETS,
@@ -235,9 +233,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
     if arguments.compile < 0:
         raise InputError(f"--compile {arguments.compile} must be at least 0")
-    path = pathlib.Path(arguments.report)
-    if arguments.report and not path.absolute().parent.is_dir():
-        raise InputError(f"--report {path}: there is no folder {path.parent}")
+    report_file.check_path(arguments.report)
     choices, base = choices_of(arguments), base_config(arguments)
     target = slice_of(arguments.topology)
     plans = search.plans(base, target, arguments.slices, choices)
@@ -248,9 +244,8 @@ def run(arguments: argparse.Namespace) -> int:
     shown = [describe(plan, command(arguments, base, plan)) for plan in plans]
     if arguments.compile:
         compile_best(plans, shown, arguments)
-    if arguments.report:
-        path.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
     print(table(shown[: arguments.top]))
+    report_file.write(shown, arguments.report)
     return 0
 
 

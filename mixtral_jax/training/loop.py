@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import pathlib
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from mixtral_jax import sharding
-from mixtral_jax.command_line import StartUp, give_back_memory
+from mixtral_jax.command_line import StartUp, give_back_memory, interruptions
 from mixtral_jax.config import Config, InputError, TrainingError
 from mixtral_jax.data.batches import train_batches
 from mixtral_jax.data.corpus import Corpus, open_corpus
@@ -28,8 +27,7 @@ from mixtral_jax.training import report, run_folder
 from mixtral_jax.training.announcement import announcement
 from mixtral_jax.training.checkpoint import FOLDER, Checkpoints, Extras
 from mixtral_jax.training.metrics import Clock, Reporter, training_record
-from mixtral_jax.training.placement import Placement
-from mixtral_jax.training.signals import heard_anywhere, stop_signals
+from mixtral_jax.training.placement import Placement, on_any_host
 from mixtral_jax.training.step import (
     TrainState,
     abstract_train_state,
@@ -190,7 +188,7 @@ class Run:
         _say(f"compiled in {seconds:.1f} s")
         self._start_up.end("compiling")
         clock, dropped = Clock(), 0.0
-        with stop_signals() as signals:
+        with interruptions(signal.SIGTERM) as told:
             for step in range(self.first + 1, steps + 1):
                 self._profile(step)
                 batch = self._next_batch(step)
@@ -207,7 +205,7 @@ class Run:
                     self.reporter.write(record)
                     dropped = 0.0
                 self.reporter.advance(step, record)
-                if step < steps and heard_anywhere(signals):
+                if step < steps and on_any_host(told.is_set()):
                     # At once: whoever stops it may not wait.
                     if record is None:
                         record = training_record(step, metrics, clock.lap(), dropped, self.config)
@@ -282,7 +280,7 @@ class Run:
             self._save(step, loss)
 
     def _save(self, step: int, loss: float | None) -> None:
-        state = self._global_data_state()
+        state = self.placement.of_all_rows(self.batches.state)
         extras = Extras(self.config, state, self.tokenizer, loss, self.files)
         self.checkpoints.save(step, self.state, extras)
         self._saved = step
@@ -305,15 +303,6 @@ class Run:
         self.reporter.write(record)
         self.last_validation = record
         return record["validation_loss"]
-
-    def _global_data_state(self) -> np.ndarray:
-        """Where every row of the global batch is in its documents; one line a row."""
-        local = self.batches.state
-        mine = np.full((self.config.training.batch_size, local.shape[1]), -1, np.int64)
-        mine[self.placement.rows] = local
-        if jax.process_count() == 1:
-            return mine
-        return multihost_utils.process_allgather(mine).max(axis=0)
 
     # ---- the end -------------------------------------------------------------------------------
 

@@ -1,9 +1,10 @@
-"""Batches from the hosts onto the mesh."""
+"""Batches from the hosts onto the mesh, and what each host knows of them to all."""
 
 from __future__ import annotations
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from mixtral_jax import sharding
 from mixtral_jax.config import Config
@@ -48,3 +49,18 @@ class Placement:
             return jax.make_array_from_callback(self.shape, self.sharding, part)
 
         return Batch(*map(to_global, batch))
+
+    def of_all_rows(self, mine: np.ndarray) -> np.ndarray:
+        """A line, none of them negative, for each row of the global batch, from each host's own."""
+        lines = np.full((self._micro * self._rows, mine.shape[1]), -1, np.int64)
+        lines[self.rows] = mine
+        if jax.process_count() == 1:
+            return lines
+        return multihost_utils.process_allgather(lines).max(axis=0)
+
+
+def on_any_host(told: bool) -> bool:
+    """Whether any host says so; every host must ask at the same step."""
+    if jax.process_count() == 1:
+        return told
+    return bool(multihost_utils.process_allgather(np.asarray(told)).any())

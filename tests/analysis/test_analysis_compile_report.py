@@ -9,7 +9,7 @@ import yaml
 from tiny import MODEL, TRAINING, make_config
 
 import train
-from mixtral_jax.analysis import compile_report, memory, prices, topology
+from mixtral_jax.analysis import compile_report, memory, prices, report_file, topology
 from mixtral_jax.config import InputError
 from mixtral_jax.model.flops import training_flops_per_token
 
@@ -194,7 +194,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_it_is_made(tmp_path, 
     def refuse(**options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(compile_report.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(report_file.tempfile, "TemporaryFile", refuse)
     with pytest.raises(InputError, match=r"--report .*r.json cannot be written: Permission denied"):
         compile_report.run(make_config(), "v5p:2x2x1", str(tmp_path / "r.json"))
 
@@ -211,7 +211,7 @@ def test_a_report_is_shown_though_it_cannot_be_written_and_the_old_one_stands(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(compile_report.os, "replace", full)
+        patch.setattr(report_file.os, "replace", full)
         with pytest.raises(InputError, match=r"r.json cannot be written: No space left on device"):
             compile_report.run(make_config(), "v5p:2x2x1", str(file))
     assert capsys.readouterr().out == "shown\n"

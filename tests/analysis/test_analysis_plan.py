@@ -220,6 +220,7 @@ def test_a_plan_that_is_not_compiled_leaves_the_others(capsys, monkeypatch):
         (["--topology", "v5p:4x4x4", "training.batch_size=64"], "name it as --batch-size"),
         (["--topology", "v5p:4x4x4", "model.preset=mixtral_8x22b"], "name it as --model"),
         (["--topology", "v5p:4x4x4", "mesh.expret=4"], "did you mean expert?"),
+        (["--topology", "v5p:4x4x4", "--report", "/"], "--report / is a folder"),
         ([], "--topology"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -211,14 +211,14 @@ def test_what_a_user_may_not_expect_is_said_at_the_start(tmp_path, capfd):
 
 
 def test_a_signal_in_the_last_step_changes_nothing(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(loop, "heard_anywhere", lambda signals: True)
+    monkeypatch.setattr(loop, "on_any_host", lambda told: True)
     loop.train(synthetic(tmp_path / "run", training={"steps": 1}))
     assert (tmp_path / "run" / "report.png").exists()
     assert "stopped" not in capfd.readouterr().out
 
 
 def test_a_run_that_is_stopped_saves_before_it_validates(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "heard_anywhere", lambda signals: True)
+    monkeypatch.setattr(loop, "on_any_host", lambda told: True)
     monkeypatch.setattr(loop.Run, "_validate", lambda self, step: pytest.fail("validated"))
     loop.train(synthetic(tmp_path / "run"))
     assert own.find(tmp_path / "run").name == "1"

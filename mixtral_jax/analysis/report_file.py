@@ -1,0 +1,65 @@
+"""The file that --report names: refused before minutes of work, and written whole. No JAX here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from mixtral_jax.config import InputError
+
+
+def check_path(path: str) -> None:
+    """Refuse a report's file that cannot be written, now and not minutes later.
+
+    Raises:
+      InputError: naming the file, and why.
+    """
+    if not path:
+        return
+    target = pathlib.Path(os.path.realpath(path))
+    if os.path.isdir(path):
+        raise InputError(f"--report {path} is a folder: name a file in it")
+    if _is_replaced(path):
+        if not target.parent.is_dir():
+            raise InputError(f"--report {path}: there is no folder {pathlib.Path(path).parent}")
+        with _naming(path), tempfile.TemporaryFile(dir=target.parent):
+            pass
+
+
+def write(report: Any, path: str) -> None:
+    """Write a report as JSON, whole or not at all, if a file is named.
+
+    Raises:
+      InputError: naming the file, if it cannot be written.
+    """
+    if not path:
+        return
+    text, target = json.dumps(report, indent=1) + "\n", pathlib.Path(os.path.realpath(path))
+    with _naming(path):
+        if not _is_replaced(path):
+            pathlib.Path(path).write_text(text, encoding="utf-8")
+            return
+        unfinished = target.parent / f".report.{os.getpid()}.json"
+        try:
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, target)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def _is_replaced(path: str) -> bool:
+    """Whether it is an ordinary file, or none yet, and no pipe and no terminal."""
+    return os.path.isfile(path) or not os.path.exists(path)
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--report {path} cannot be written: {error.strerror}") from None
