@@ -35,7 +35,8 @@ from mixtral_jax.config import InputError
 from mixtral_jax.generation import prompts, request
 
 ONLY_COMPILED = ("report", "sequences", "slices", "prompt_length")
-COMPILED = {"config", "overrides", "compile_only", "max_new_tokens", "part", *ONLY_COMPILED}
+SERVED = ("part", "weights", "cache_dtype")
+COMPILED = {"config", "overrides", "compile_only", "max_new_tokens", *SERVED, *ONLY_COMPILED}
 """What --compile-only reads."""
 
 
@@ -109,15 +110,16 @@ def compile_only(arguments: argparse.Namespace) -> int:
         raise InputError("--compile-only SLICE and --config FILE belong together")
     if other := asked_for(arguments, vars(arguments).keys() - COMPILED):
         raise InputError(f"with --compile-only nothing is generated: leave out {', '.join(other)}")
-    request.Serving(part=arguments.part)  # checks it
+    served = {name: getattr(arguments, name) for name in SERVED}
+    request.Serving(**served)  # checks them
     from mixtral_jax.analysis import generation_report  # only now: it loads JAX
 
     config = generation_report.read_config(arguments.config, arguments.overrides)
     sequences = arguments.sequences
     if sequences is None:
         sequences = config.mesh.batch_shards
-    asked = (sequences, arguments.prompt_length, arguments.max_new_tokens, arguments.part)
-    batch = generation_report.Batch(*asked)
+    asked = (sequences, arguments.prompt_length, arguments.max_new_tokens)
+    batch = generation_report.Batch(*asked, **served)
     name, path, slices = arguments.compile_only, arguments.report, arguments.slices
     return generation_report.run(config, name, batch, path, slices)
 

@@ -5,7 +5,7 @@ as a training step is (compile_report.py): parts of prompts on each device that 
 over, at most --part tokens of each, and a decoding step of all sequences. Beside the estimate of a
 decoding step stands its limit: the time that reading what it must read takes at the chip's memory
 bandwidth, namely a device's share of the weights, of the experts those that the batch visits if it
-visits them at random, and its share of the cache.
+visits them at random, and its share of the cache. Weights and cache may be int8.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mixtral_jax.generation.engine import PART
 from mixtral_jax.generation.programs import ENDS, Lanes, Rows, empty, functions
 from mixtral_jax.generation.rows import lanes_of, length_of
 from mixtral_jax.generation.sampling import Parameters
-from mixtral_jax.interop import folders
+from mixtral_jax.interop import folders, quantizing
 from mixtral_jax.kernels import cached_attention
 from mixtral_jax.model.cache import places
 from mixtral_jax.model.mixtral import abstract_state, chosen_kernels
@@ -45,6 +45,10 @@ class Batch(NamedTuple):
     max_new_tokens: int
     part: int = PART
     """Most tokens of a prompt that are run at a time."""
+    weights: str | None = None
+    """int8, or None: what the config says."""
+    cache_dtype: str | None = None
+    """int8, or None: what is computed in."""
 
     @property
     def length(self) -> int:
@@ -86,7 +90,8 @@ class Program(NamedTuple):
 
 def two_programs(model: ModelConfig, mesh: jax.sharding.Mesh, batch: Batch) -> dict[str, Program]:
     """`prefill` and `decode` for a batch on a mesh."""
-    graphdef, state = nnx.split(in_layers(nnx.merge(*abstract_state(model))))
+    abstract = quantizing.abstract_state if batch.weights else abstract_state
+    graphdef, state = nnx.split(in_layers(nnx.merge(*abstract(model))))
     params = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
         state,
@@ -96,7 +101,7 @@ def two_programs(model: ModelConfig, mesh: jax.sharding.Mesh, batch: Batch) -> d
     size = places(min(batch.prompt_length + batch.max_new_tokens, model.max_position_embeddings))
     with jax.set_mesh(mesh):
         whole = nnx.merge(graphdef, state)
-        progress = jax.eval_shape(lambda: empty(whole, batch.sequences, size))
+        progress = jax.eval_shape(lambda: empty(whole, batch.sequences, size, batch.cache_dtype))
     progress = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(
             a.shape, a.dtype, sharding=NamedSharding(mesh, a.sharding.spec)
@@ -157,7 +162,7 @@ def generation_report(
             speed = tokens / target.chips / found["estimated_step_seconds"]
             found["estimated_tokens_per_second_per_chip"] = speed
         report[kind] = found
-    read = read_bytes(config, batch, bytes_of(whole["decode"].arguments[1].cache))
+    read = read_bytes(config, batch, whole["decode"])
     seconds = read / target.chip.hbm_bytes_per_second
     report["decode"] |= {
         "limit_bytes": read,
@@ -187,8 +192,8 @@ def price_of(
 
 
 def _check(config: Config, batch: Batch) -> None:
-    for name, value in batch._asdict().items():
-        if value < 1:
+    for name in ("sequences", "prompt_length", "max_new_tokens"):
+        if (value := getattr(batch, name)) < 1:
             raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
     if batch.sequences % config.mesh.batch_shards:
         raise InputError(
@@ -203,17 +208,19 @@ def _check(config: Config, batch: Batch) -> None:
         )
 
 
-def read_bytes(config: Config, batch: Batch, cache: float) -> float:
+def read_bytes(config: Config, batch: Batch, decode: Program) -> float:
     """What one device must read for a decoding step, of weights and of its cache."""
     model, mesh = config.model, config.mesh
-    experts, chosen = model.num_local_experts, model.num_experts_per_tok
+    params, progress = decode.arguments[:2]
     # A copy of the experts serves the sequences of its own devices.
-    visited = 1 - (1 - chosen / experts) ** (batch.sequences / (mesh.data * mesh.fsdp))
-    inside = 3 * model.num_hidden_layers * experts * model.hidden_size * model.intermediate_size
-    others = model.num_parameters - inside - model.vocab_size * model.hidden_size  # rows of it
-    item = {"float32": 4, "bfloat16": 2}[model.param_dtype]
-    shares = mesh.fsdp * mesh.expert * mesh.tensor
-    return item * (inside * visited + others) / shares + cache
+    unchosen = 1 - model.num_experts_per_tok / model.num_local_experts
+    visited = 1 - unchosen ** (batch.sequences / (mesh.data * mesh.fsdp))
+    read = bytes_of(progress.cache)
+    for path, param in nnx.to_flat_state(params):
+        if path[0] != "embedding_VD":  # of which it reads a few rows
+            of_experts = param.get_metadata("logical_axes")[0] == "experts"
+            read += bytes_of(param) * (visited if of_experts else 1)
+    return read
 
 
 # ---- output ------------------------------------------------------------------------------------
@@ -231,6 +238,9 @@ def table(report: dict[str, Any]) -> str:
             f"{report['part']}, {report['max_new_tokens']} new ones each",
         ),
     ]
+    for kind, key in (("weights", "weights"), ("cache", "cache_dtype")):
+        if report[key]:
+            rows.append((kind, report[key]))
     for kind in ("prefill", "decode"):
         found = report[kind]
         memory = found["bytes_per_device"]

@@ -7,7 +7,9 @@ import yaml
 from tiny import MODEL, make_config
 
 import generate
+from mixtral_jax import sharding
 from mixtral_jax.analysis import generation_report
+from mixtral_jax.analysis.memory import bytes_of
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def test_prefill_and_decode_of_a_tiny_model(config_file, tmp_path, capsys, optim
     file = tmp_path / "report.json"
     flags = ["--compile-only", "v5p:2x2x1", "--report", str(file), "--prompt-length", "12"]
     mesh = ["mesh.fsdp=2", "mesh.expert=2"]
-    more = ["--sequences", "8", "--max-new-tokens", "3"]
+    more = ["--sequences", "8", "--max-new-tokens", "3", "--weights", "int8"]
     assert generate.main(["--config", str(config_file), *flags, *more, *mesh]) == 0
     report, shown = json.loads(file.read_text()), capsys.readouterr().out
     prefill, decode = report["prefill"], report["decode"]
@@ -40,17 +42,42 @@ def test_prefill_and_decode_of_a_tiny_model(config_file, tmp_path, capsys, optim
     assert prefill["estimated_tokens_per_second_per_chip"] > 3 * speed
     assert decode["limit_tokens_per_second_per_chip"] > speed
     assert "limit: tokens/s" in shown
+    assert report["weights"] == "int8"
+
+
+def read(config, batch) -> float:
+    mesh = sharding.mesh_from_config(config.mesh)
+    decode = generation_report.two_programs(config.model, mesh, batch)["decode"]
+    cache = bytes_of(decode.arguments[1].cache)
+    return generation_report.read_bytes(config, batch, decode) - cache
 
 
 def test_bytes_that_a_step_of_decoding_reads():
     mesh = {"data": 2, "fsdp": 1, "expert": 2, "tensor": 2}
     config = make_config(mesh=mesh, training={"batch_size": 8})
-    batch = generation_report.Batch(6, 10, 3)
-    # Three sequences visit two of four experts each: 1 - (1/2)^3 of them are read.
-    experts = 2 * 4 * 3 * 24 * 20
-    others = config.model.num_parameters - experts - 38 * 24
-    wanted = 4 * (experts * 7 / 8 + others) / 4 + 1000
-    assert generation_report.read_bytes(config, batch, 1000) == pytest.approx(wanted)
+    # Four sequences visit two of four experts each: 1 - (1/2)^4 of them are read.
+    experts = 2 * 4 * 3 * 24 * 20 * 15 / 16 / (2 * 2)
+    attention, head = 2 * 24 * 6 * (4 + 2 + 2 + 4), 24 * 38
+    whole = 2 * 24 * 4 + 5 * 24  # routers and norms
+    wide = 4 * (experts + (attention + head) / 2 + whole)
+    # In int8 every output channel has a scale in float32.
+    scales = 2 * 4 * (2 * 20 + 24 * 2) * 15 / 16 / (2 * 2) + (2 * 6 * (4 + 2 + 2) + 38) / 2 + 2 * 24
+    narrow = experts + (attention + head) / 2 + 4 * (whole + scales)
+    batch = generation_report.Batch(8, 10, 3)
+    assert read(config, batch) == wide
+    assert read(config, batch._replace(weights="int8")) == narrow
+
+
+def test_a_cache_in_int8(config_file):
+    model = generation_report.read_config(str(config_file), []).model
+    mesh = sharding.make_mesh()
+
+    def cache(**narrow):
+        batch = generation_report.Batch(2, 10, 3, **narrow)
+        decode = generation_report.two_programs(model, mesh, batch)["decode"]
+        return bytes_of(decode.arguments[1].cache)
+
+    assert cache(cache_dtype="int8") / cache() == (6 + 4) / (6 * 4)  # values and a scale
 
 
 @pytest.mark.tpu_compile
@@ -90,8 +117,9 @@ def test_a_report_wants_a_slice(capsys, option):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--weights int4 --temperature -3", "leave out --temperature -3.0, --weights int4"),
-        ("--cache-dtype int8", "leave out --cache-dtype int8"),
+        ("--weights int8 --temperature -3", "leave out --temperature -3.0"),
+        ("--weights int4", "weights='int4' must be int8, or left out"),
+        ("--cache-dtype int4", "cache_dtype='int4' must be int8, or left out"),
         ("--chat --stop a --stop b --prompt x", "leave out --chat, --prompt x, --stop a b"),
         ("--part 10", "part=10 must be a power of two, 16 or more"),
     ],
