@@ -45,6 +45,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "tokens": BATCH_AXES,
     "layers": None,
     "model": (FSDP, EXPERT),  # the model dimension of weights outside the experts
+    "served_model": FSDP,  # the same for inference, where gathering it takes longer than all else
     "heads": TENSOR,
     "vocabulary": TENSOR,
     "experts": EXPERT,

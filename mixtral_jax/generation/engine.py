@@ -102,6 +102,8 @@ class Engine:
         with jax.set_mesh(mesh):
             dtype = jnp.dtype(cache_dtype or compute_dtype(self.config))
             shards, here = sharding.batch_shards(), platform()
+        if here != "cpu":
+            model = in_layers(model, consume=consume)
         size = bytes_of_row(self.config, length, dtype)
         self.rows = self._rows_in_memory(rows or ROWS, size, mesh, shards)
         options: dict[str, str] = {}
@@ -109,8 +111,6 @@ class Engine:
             several = self.rows > shards
             model = unstacked(model, transposed=not several)
             options = small_products() if several and not converts_blocks(model) else {}
-        else:
-            model = in_layers(model, consume=consume)
         graphdef, params = nnx.split(model)
         fresh = jax.jit(partial(empty, model, self.rows, length, dtype))
         placing = Placing(mesh, self.rows, shards)

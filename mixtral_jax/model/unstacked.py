@@ -2,6 +2,8 @@
 
 XLA copies what a program takes out of an array (on CPU always, on GPU and TPU for kernels), and
 reads arrays that it is given whole where they lie. Stacked layers would be copied for every token.
+On GPU and TPU each device of the expert axis has all that lies outside the experts, which a step of
+decoding would gather for longer than it takes.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ LARGE = 1 << 20
 def in_layers(model: Mixtral, *, consume: bool = False) -> Mixtral:
     """The same model with its layers in a list: a copy of them, on the devices they lie on.
 
+    What lies outside the experts is no longer split over the expert axis, but whole along it.
+
     Args:
       model: with stacked layers, or their shapes alone; or as it is to be, which is given back.
       consume: free the arrays of all layers as they are taken apart, and with them the given model:
@@ -35,16 +39,38 @@ def in_layers(model: Mixtral, *, consume: bool = False) -> Mixtral:
         return model
     graphdef, params = nnx.split(model)
     new = nnx.merge(graphdef, jax.tree.map(lambda p: p, params))
+    for path, param in nnx.to_flat_state(nnx.state(new)):
+        if path[0] != "layers":
+            _serve(param, consume)
     layer_graphdef, stacked = nnx.split(new.layers)
     layers = [{} for _ in range(model.config.num_hidden_layers)]
     for path, param in nnx.to_flat_state(stacked):
-        array, logical = param.get_value(), param.get_metadata("logical_axes")[1:]
+        array, logical = param.get_value(), _served_axes(param)[1:]
         for layer, part in zip(layers, _taken_apart(array, logical), strict=True):
             layer[path] = nnx.Param(part, logical_axes=logical)
         if consume:
             array.delete()
     new.layers = nnx.List(nnx.merge(layer_graphdef, nnx.from_flat_state(layer)) for layer in layers)
     return new
+
+
+def _serve(param: nnx.Param, consume: bool) -> None:
+    """Move a parameter to where it is to lie for inference."""
+    array, logical = param.get_value(), _served_axes(param)
+    param.set_metadata(logical_axes=logical)
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return
+    where = sharding.on(array.sharding.mesh, *logical)
+    if where != array.sharding:
+        param.set_value(jax.block_until_ready(jax.device_put(array, where)))
+        if consume:
+            array.delete()
+
+
+def _served_axes(param: nnx.Param) -> tuple[str | None, ...]:
+    """The logical axes of a parameter as it is to lie for inference."""
+    logical = param.get_metadata("logical_axes")
+    return tuple("served_model" if axis == "model" else axis for axis in logical)
 
 
 def _taken_apart(array: jax.Array, logical) -> tuple[jax.Array, ...]:

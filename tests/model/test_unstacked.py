@@ -144,6 +144,18 @@ def test_layers_are_taken_apart_where_they_lie():
         np.testing.assert_array_equal(part.get_value(), whole[number])
 
 
+def test_what_is_outside_the_experts_is_whole_along_the_expert_axis():
+    mesh = sharding.make_mesh(1, 1, 4, 2)
+    model = model_on(mesh)
+    split = [model.embedding_VD.get_value(), model.head_DV.get_value()]
+    params = jax.tree.leaves(nnx.state(model))
+    for path, param in nnx.to_flat_state(nnx.state(in_layers(model, consume=True))):
+        axes = jax.tree.leaves(tuple(param.get_value().sharding.spec))
+        assert (sharding.EXPERT in axes) == path[-1].endswith(("_EDF", "_EFD")), path
+    assert all(array.is_deleted() for array in split)
+    assert sum(not array.is_deleted() for array in params) == 1  # the last norm, which stays
+
+
 def test_the_given_model_can_be_consumed():
     model = model_on(sharding.make_mesh())
     stacked = jax.tree.leaves(nnx.state(model.layers))
