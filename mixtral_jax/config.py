@@ -88,7 +88,7 @@ class ModelConfig:
     compute_dtype: str = ""
     """Type of activations: float32 or bfloat16; empty is float32 on CPU and bfloat16 elsewhere."""
     param_dtype: str = "float32"
-    """Type of the weights and of the optimizer state: float32 or bfloat16."""
+    """Type of weights and optimizer state: float32, or bfloat16, rounded at random in each step."""
     remat: str = "none"
     """What the backward pass recomputes: none keeps everything, full only each layer's input;
     matmuls keeps the results of matrix products and of attention, matmuls_rows also the rows that

@@ -19,7 +19,7 @@ from mixtral_jax.kernels import platform
 from mixtral_jax.model.mixtral import Mixtral, abstract_state, chosen_kernels
 from mixtral_jax.model.router import RoutingStatistics
 from mixtral_jax.training import losses as loss_terms
-from mixtral_jax.training.optimizer import learning_rate, make_optimizer
+from mixtral_jax.training.optimizer import learning_rate, make_optimizer, rounded
 
 
 class TrainState(NamedTuple):
@@ -155,6 +155,7 @@ def make_train_step(
     """
     graphdef, _ = abstract_state(config.model)
     optimizer, schedule = make_optimizer(config.training), learning_rate(config.training)
+    key = jax.random.key(config.run.seed)
 
     def train_step(state: TrainState, batch_MBL: Batch) -> tuple[TrainState, StepMetrics]:
         grads, losses, statistics, tokens = _gradients(config, graphdef, state.params, batch_MBL)
@@ -167,9 +168,9 @@ def make_train_step(
                 updates, changed = optimizer.update(
                     grads, state.optimizer, state.params, norm=grad_norm
                 )
-                new = optax.apply_updates(state.params, updates), changed
                 # Gradients are float32, and with them what the optimizer makes of bfloat16 state.
-                return jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)
+                new = jax.tree.map(jnp.add, state.params, updates), changed
+                return rounded(new, old, jax.random.fold_in(key, state.step))
 
             params, changed = _choose(finite, update, old)
         bad = jnp.where(finite, 0, 1)

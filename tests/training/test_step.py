@@ -13,7 +13,12 @@ from tiny import CONFIG, host, initial_state, make_batch, make_config
 from mixtral_jax import sharding
 from mixtral_jax.model.mixtral import abstract_state
 from mixtral_jax.training import step as steps
-from mixtral_jax.training.optimizer import is_matrix, learning_rate, make_optimizer
+from mixtral_jax.training.optimizer import (
+    is_matrix,
+    learning_rate,
+    make_optimizer,
+    stochastically_rounded,
+)
 from mixtral_jax.training.placement import Placement
 
 MESHES = [{}, {"expert": 4}, {"data": 2, "expert": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2}]
@@ -118,6 +123,49 @@ def test_bfloat16_weights_train_and_the_state_keeps_its_types():
     assert (jax.tree.map(jnp.shape, state), jax.tree.map(lambda a: a.dtype, state)) == before
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
     assert losses[-1] < losses[0] - 0.05
+
+
+def test_bfloat16_weights_keep_small_updates():
+    """Rounded to the nearest, norms of 1.0 would stand still at such a rate, and so most others."""
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        training = {"learning_rate": 1e-4, "warmup_steps": 0, "steps": 20, "schedule": "constant"}
+        config = make_config(model={"param_dtype": dtype}, training=training)
+        mesh = sharding.make_mesh()
+        with jax.set_mesh(mesh):
+            state = initial_state(config, mesh)
+            before = host(state.params)
+            step = jax.jit(steps.make_train_step(config))
+            batch = Placement(config, mesh)(make_batch(8))
+            for _ in range(20):
+                state, _ = step(state, batch)
+            after = host(state.params)
+        norm = [a["norm"]["weight"].get_value().astype(np.float32) for a in (after, before)]
+        moved[dtype] = np.abs(norm[0] - norm[1]).mean()
+    assert moved["float32"] > 1e-3
+    np.testing.assert_allclose(moved["bfloat16"], moved["float32"], rtol=0.3)
+
+
+def test_stochastic_rounding():
+    """To one of two neighbours, on average to the value; the same on every mesh."""
+    eighth = np.float32(1 + 2**-10)  # of the way from 1 to the next number of bfloat16, 1 + 2**-7
+    x = np.repeat(np.float32([eighth, -eighth, 1, 0]), 4096)
+    key = jax.random.key(0)
+    mesh = sharding.make_mesh(data=4)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, sharding.on(mesh, "batch"))
+        split = np.asarray(jax.jit(stochastically_rounded)(placed, key), np.float32)
+    with jax.set_mesh(sharding.make_mesh()):
+        whole = np.asarray(jax.jit(stochastically_rounded)(x, key), np.float32)
+    np.testing.assert_array_equal(split, whole)
+    up, down, one, zero = whole.reshape(4, -1)
+    assert set(up) == {1, 1 + 2**-7}
+    assert set(down) == {-1, -1 - 2**-7}
+    assert {*one, *zero} == {0, 1}
+    for ups in (up > 1, down < -1):
+        assert abs(ups.mean() - 1 / 8) < 4 * np.sqrt(1 / 8 * 7 / 8 / 4096)
+    odd = np.float32([np.inf, -np.inf, np.nan])
+    np.testing.assert_array_equal(np.float32(stochastically_rounded(odd, key)), odd)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
