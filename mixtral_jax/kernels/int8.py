@@ -26,6 +26,15 @@ MOST, LEAST = 1 << 20, 1 << 17
 """Values in a block at most: 4 MiB in float32, in the cache that cores share; and at least, where
 that makes fewer than four blocks. XLA:CPU converts small blocks on one core."""
 
+FEW = 256
+"""Rows that every expert can multiply in less time than converting its matrices takes on a TPU,
+which does some 160 operations for each byte that it reads or writes: 2 for each row and byte of
+int8, of which a conversion moves 4 more."""
+
+TPU_ROWS = 8
+"""Rows that XLA for TPU gives to its matrix units; one row it multiplies by the vector units, which
+takes several times as long as reading the matrix."""
+
 MANY = 8
 """Rows that XLA:CPU multiplies in bfloat16 as fast as in float32, or faster; fewer take longer."""
 
@@ -80,8 +89,38 @@ def product(x_RD: jax.Array, w: Int8, dtype=None, implementation: str | None = N
     if body == "blocks":
         sums_RF = _blocks(x_RD, vary_like(w.values, x_RD))
     else:
-        sums_RF = _dot(x_RD, w.values.astype(x_RD.dtype))
+        rows = x_RD.shape[0]
+        if platform() == "tpu" and rows < TPU_ROWS:
+            x_RD = jnp.pad(x_RD, ((0, TPU_ROWS - rows), (0, 0)))
+        sums_RF = _dot(x_RD, w.values.astype(x_RD.dtype))[:rows]
     return (sums_RF * w.scale[None]).astype(dtype or x_RD.dtype)
+
+
+def few_rows(
+    x_RD: jax.Array, gate_EFD: Int8, up_EFD: Int8, down_EDF: Int8, group_sizes_E: jax.Array
+) -> jax.Array:
+    """SwiGLU of rows sorted by expert, up to FEW: each expert takes all of them, and keeps its own.
+
+    For that it reads a matrix once, as it is; a grouped product wants it converted, which writes
+    and reads it in a wider type.
+
+    Returns:
+      out_RD in the type of x; rows past sum(group_sizes) are zeros.
+    """
+    experts, rows = group_sizes_E.shape[0], x_RD.shape[0]
+    ends_E1 = jnp.cumsum(group_sizes_E)[:, None]
+    row_1R = jnp.arange(rows, dtype=jnp.int32)[None]
+    mine_ER = (row_1R >= ends_E1 - group_sizes_E[:, None]) & (row_1R < ends_E1)
+
+    def of_all(w: Int8) -> jax.Array:
+        flat = Int8(w.values.reshape(-1, w.values.shape[-1]), w.scale.reshape(-1))
+        return product(x_RD, flat).reshape(rows, experts, -1)
+
+    hidden_REF = jax.nn.silu(of_all(gate_EFD)) * of_all(up_EFD)
+    values_EDF = vary_like(down_EDF.values, x_RD).astype(x_RD.dtype)
+    out_ERD = jnp.einsum("REF,EDF->ERD", hidden_REF, values_EDF, preferred_element_type=jnp.float32)
+    out_ERD = (out_ERD * down_EDF.scale[:, None]).astype(x_RD.dtype)
+    return jnp.where(mine_ER[..., None], out_ERD, 0).sum(axis=0)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -221,12 +221,17 @@ def _sparse_experts(
         if isinstance(gate_edf, int8.Int8):
             down_eDf = int8.Int8(_whole(down_efd.values, 1), _whole(down_efd.scale, 1))
             into = (w._replace(values=_whole(w.values, 2)) for w in (gate_edf, up_edf))
-            matrices = [_matrices(w, x_TD.dtype) for w in (*into, down_eDf)]
+            matrices = [*into, down_eDf]
+            few = not isinstance(down_eDf.values, tuple) and received_RD.shape[0] <= int8.FEW
+            if not few:
+                matrices = [_matrices(w, x_TD.dtype) for w in matrices]
         else:
             matrices = [_whole(gate_edf, 1), _whole(up_edf, 1), _whole(down_efd, 2)]
             if isinstance(gate_edf, tuple):
                 matrices = [[w_1Df[0] for w_1Df in of_all] for of_all in matrices]
-        if isinstance(matrices[0], list):
+        if isinstance(matrices[0], int8.Int8):
+            done_RD = int8.few_rows(received_RD, *matrices, plan.group_sizes_e)
+        elif isinstance(matrices[0], list):
             done_RD = apart.experts(received_RD, *matrices, plan.group_sizes_e)
         else:
             done_RD = experts_of(

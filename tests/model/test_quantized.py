@@ -73,15 +73,30 @@ def outputs(model, mesh, length=9):
     return jax.tree.map(np.asarray, (out.logits_BLV, *out.statistics))
 
 
+@pytest.mark.parametrize("few", [256, 0], ids=["few rows", "any rows"])
 @pytest.mark.parametrize("sizes", MESHES, ids=describe)
-def test_it_computes_what_the_dequantised_matrices_do(sizes):
+def test_it_computes_what_the_dequantised_matrices_do(sizes, few, monkeypatch):
+    monkeypatch.setattr(int8, "FEW", few)
     mesh = sharding.make_mesh(*sizes)
     model = model_on(mesh)
     new = quantized(model)
     wanted = outputs(dequantised(model, new), mesh)
-    for each in (new, unstacked(new)):
+    for each in (new, unstacked(new)) if few else (new,):
         for actual, reference in zip(outputs(each, mesh), wanted, strict=True):
             oracle.close(actual, reference, rel=3e-6)
+
+
+def test_few_rows_see_nothing_of_other_experts():
+    gate, up = (np.float32(np.random.default_rng(n).normal(size=(3, 16, 8))) for n in range(2))
+    down = np.float32(np.random.default_rng(2).normal(size=(3, 8, 16)))
+    matrices = [quantize(jnp.array(w), (2,)) for w in (gate, up, down)]
+    x_RD, sizes_E = jnp.array(np.random.default_rng(3).normal(size=(7, 8))), jnp.array([2, 3, 1])
+    wanted = np.asarray(int8.few_rows(x_RD, *matrices, sizes_E))
+    spoilt = [int8.Int8(w.values, w.scale.at[1].set(np.nan)) for w in matrices]
+    found = np.asarray(int8.few_rows(x_RD, *spoilt, sizes_E))
+    assert np.isnan(found[2:5]).all()
+    np.testing.assert_array_equal(np.delete(found, [2, 3, 4], 0), np.delete(wanted, [2, 3, 4], 0))
+    assert not wanted[6].any()  # the row of no expert
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=describe)
