@@ -59,8 +59,10 @@ class Subset:
 class Corpus:
     """The documents of a config, split."""
 
+    documents: Documents
+    """Those of data.train."""
     train: tuple[Subset, ...]
-    """What is trained on, one subset a source."""
+    """Which of them are trained on, one subset a source."""
     weights: tuple[float, ...]
     """How often to draw from each source, relative to the others."""
     held_out: Subset
@@ -72,9 +74,8 @@ class Corpus:
     def training_texts(self) -> Iterator[str]:
         """Every readable document that is trained on, once, in a spread-out order."""
         numbers_N = np.concatenate([subset.numbers_N for subset in self.train])
-        documents = self.train[0].documents
         for number in shuffled(numbers_N, SPREAD):
-            if text := documents[int(number)]:
+            if text := self.documents[int(number)]:
                 yield text
 
     def require_text(self) -> None:
@@ -130,4 +131,4 @@ def open_corpus(config: Config) -> Corpus:
                 f"validation_fraction={data.validation_fraction}: name data.validation instead"
             )
     weights = tuple(source.weight for source in data.train)
-    return Corpus(tuple(train), weights, held_out, malformed, files)
+    return Corpus(documents, tuple(train), weights, held_out, malformed, files)

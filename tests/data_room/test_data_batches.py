@@ -198,6 +198,31 @@ def test_they_do_so_beside_documents_without_text(make_config, tmp_path, start, 
         assert len({tokens_L.tobytes() for tokens_L in batch.tokens_BL}) == 6
 
 
+def test_a_document_that_all_lanes_read_is_tokenized_once(
+    make_config, tmp_path, start, tokenizer, texts, monkeypatch
+):
+    (tmp_path / "one.txt").write_text(max(texts, key=len))
+    config = make_config(f"{tmp_path}/*.txt", data={"interleave": 3}, sequence_length=5)
+    encoded, encode = [], tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text: encoded.append(text) or encode(text))
+    first = start(config)
+    take(first, 6)
+    take(start(config, state=first.state, step=6), 6)
+    assert len(encoded) == 2  # by each of the two
+
+
+def test_only_documents_that_are_shared_are_begun_inside(make_config, tmp_path, start, tokenizer):
+    write_lines(tmp_path / "few.jsonl", ["words " * 20])
+    write_lines(tmp_path / "many.jsonl", [f"{number} " * 20 for number in range(30)])
+    train = [f"{tmp_path}/few.jsonl", f"{tmp_path}/many.jsonl"]
+    tokens_BL = next(start(make_config(train, sequence_length=4))).tokens_BL
+    inside = [tokens_L[0] != tokenizer.bos_id for tokens_L in tokens_BL]
+    many = [any(map(str.isdigit, tokenizer.decode(tokens_L))) for tokens_L in tokens_BL]
+    assert sum(many) == 3
+    assert sum(inside) >= 2
+    assert not any(np.logical_and(inside, many))
+
+
 # ---- documents that cannot be read, and the thread ---------------------------------------------
 
 
