@@ -10,13 +10,11 @@ from __future__ import annotations
 import array
 import bisect
 import collections
-import glob
 import hashlib
 import itertools
 import json
 import logging
 import os
-import sysconfig
 import threading
 from collections.abc import Sequence
 
@@ -24,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mixtral_jax.config import InputError, SourceConfig
+from mixtral_jax.data.globs import expand
 
 FIELD = "text"
-NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 ROW_GROUP_CACHE_BYTES = 256 * 2**20
 
 log = logging.getLogger(__name__)
@@ -145,19 +143,6 @@ def open_sources(
             raise InputError(f"{where} matches only empty files ({len(mine)} of them)")
         files += opened
     return Documents(files, malformed), sizes
-
-
-def expand(pattern: str) -> list[str]:
-    """The files that a glob names, sorted.
-
-    `{stdlib}` stands for the running Python's standard library, without installed packages.
-    """
-    stdlib = sysconfig.get_paths()["stdlib"]
-    spelled = os.path.expanduser(pattern.replace("{stdlib}", glob.escape(stdlib)))
-    paths = [path for path in glob.glob(spelled, recursive=True) if os.path.isfile(path)]
-    if "{stdlib}" in pattern:
-        paths = [p for p in paths if not NOT_STDLIB & set(os.path.relpath(p, stdlib).split(os.sep))]
-    return sorted(paths)
 
 
 # ---- one file ----------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import pytest
 
 from mixtral_jax.config import InputError, SourceConfig
 from mixtral_jax.data import sources
-from mixtral_jax.data.sources import MalformedReport, expand, open_sources
+from mixtral_jax.data.globs import expand
+from mixtral_jax.data.sources import MalformedReport, open_sources
 
 
 def opened(*globs, fatal=False, taken=None):
@@ -57,6 +58,17 @@ def test_stdlib_is_this_pythons_without_packages(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(stdlib)})
     assert expand("{stdlib}/**") == [f"{stdlib}/a/c.py", f"{stdlib}/b.py"]
     assert len(expand(f"{tmp_path}/**")) == 5
+
+
+def test_a_folder_is_entered_once_by_whichever_link(tmp_path):
+    names = ("a/one.md", "b/c/two.md", "three.md", "a/.hidden/four.md")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for name in ("a/up", "a/above", "b/c/up"):
+        (tmp_path / name).symlink_to(tmp_path)
+    (tmp_path / "b" / "itself").symlink_to("itself")
+    assert expand(f"{tmp_path}/**/*.md") == [f"{tmp_path}/{name}" for name in names[:3]]
 
 
 @pytest.mark.parametrize(
