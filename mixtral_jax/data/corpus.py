@@ -1,7 +1,7 @@
 """Which documents a run trains on, and which it holds out.
 
-Every choice of documents is made by hashing their numbers, so that it is the same on every host,
-machine and version of every library.
+Every choice of documents is made by hashing their numbers, or where they are, so that it is the
+same on every host, machine and version of every library.
 """
 
 from __future__ import annotations
@@ -41,6 +41,18 @@ def shuffled(numbers_N: np.ndarray, *salts: int) -> np.ndarray:
     return numbers_N[np.argsort(hash64(numbers_N, *salts), kind="stable")]
 
 
+def _hashes(documents: Documents) -> np.ndarray:
+    """A uint64 hash of each document's file and place in it: other files change none of them."""
+    names_N, numbers_N = documents.places()
+    return hash64(hash64(numbers_N) ^ names_N)
+
+
+def _spread(documents: Documents, numbers_N: np.ndarray) -> np.ndarray:
+    """The numbers of some documents in an order that other files do not change."""
+    hashes_N = hash64(_hashes(documents)[numbers_N], SPREAD)
+    return numbers_N[np.argsort(hashes_N, kind="stable")]
+
+
 @dataclass(frozen=True)
 class Subset:
     """Some of the documents, a random-access source: subset[i] is documents[numbers_N[i]]."""
@@ -74,7 +86,7 @@ class Corpus:
     def training_texts(self) -> Iterator[str]:
         """Every readable document that is trained on, once, in a spread-out order."""
         numbers_N = np.concatenate([subset.numbers_N for subset in self.train])
-        for number in shuffled(numbers_N, SPREAD):
+        for number in _spread(self.documents, numbers_N):
             if text := self.documents[int(number)]:
                 yield text
 
@@ -94,9 +106,11 @@ class Corpus:
 def open_corpus(config: Config) -> Corpus:
     """Index the files of data.train and data.validation.
 
-    Without data.validation, a document of data.train is held out if the hash of its number, as a
-    fraction of 2**64, is below data.validation_fraction. Files that data.validation names are not
-    trained on, and a file that several globs name belongs to the first of them.
+    Without data.validation, a document of data.train is held out if the hash of its file's name,
+    below the fixed folder of the glob, and of its place in the file, as a fraction of 2**64, is
+    below data.validation_fraction: files that come or go change nothing for the others. Files that
+    data.validation names are not trained on, and a file that several globs name belongs to the
+    first of them.
 
     Raises:
       InputError: if there is nothing to train on or a file cannot be indexed.
@@ -117,10 +131,10 @@ def open_corpus(config: Config) -> Corpus:
     numbers_N = np.arange(len(documents))
     if data.validation:
         out_N = np.zeros(len(documents), bool)
-        held_out = Subset(validation, shuffled(np.arange(len(validation)), SPREAD))
+        held_out = Subset(validation, _spread(validation, np.arange(len(validation))))
     else:
-        out_N = hash64(numbers_N, HOLD_OUT) / 2.0**64 < data.validation_fraction
-        held_out = Subset(documents, shuffled(numbers_N[out_N], SPREAD))
+        out_N = hash64(_hashes(documents), HOLD_OUT) / 2.0**64 < data.validation_fraction
+        held_out = Subset(documents, _spread(documents, numbers_N[out_N]))
     train = []
     for source, end, size in zip(data.train, np.cumsum(sizes), sizes, strict=True):
         mine = slice(end - size, end)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import itertools
 import os
 import sysconfig
 from collections.abc import Iterator
@@ -25,6 +26,15 @@ def expand(pattern: str) -> list[str]:
     if STDLIB in pattern:
         paths = {p for p in paths if not NOT_STDLIB & set(os.path.relpath(p, stdlib).split(os.sep))}
     return sorted(paths)
+
+
+def fixed_folder(pattern: str) -> str:
+    """The folder of a glob down to its first wildcard, below which its files have their names."""
+    parts = pattern.split(os.sep)[:-1]
+    fixed = os.sep.join(itertools.takewhile(lambda part: not glob.has_magic(part), parts))
+    stdlib = sysconfig.get_paths()["stdlib"]
+    top = os.sep if os.path.isabs(pattern) else os.curdir
+    return os.path.expanduser(fixed.replace(STDLIB, stdlib)) or top
 
 
 def _named(pattern: str) -> Iterator[str]:

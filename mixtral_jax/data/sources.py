@@ -16,16 +16,19 @@ import json
 import logging
 import os
 import threading
+import zlib
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mixtral_jax.config import InputError, SourceConfig
-from mixtral_jax.data.globs import expand
+from mixtral_jax.data.globs import expand, fixed_folder
 
 FIELD = "text"
 ROW_GROUP_CACHE_BYTES = 256 * 2**20
+ENDS = 4096  # bytes of each end of a text that tell it from another of the same size
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +74,14 @@ class Documents:
 
     `documents[i]` is the text, or None if document i is malformed; a random-access source for
     grain. Reading raises InputError if a file has vanished or is damaged. Threads may share it.
+
+    Args:
+      files: by name, which does not say where the folder of the glob is.
     """
 
-    def __init__(self, files: Sequence[_File], malformed: MalformedReport):
-        self._files = [file for file in files if len(file)]
+    def __init__(self, files: Sequence[tuple[str, _File]], malformed: MalformedReport):
+        self._names = [name for name, file in files if len(file)]
+        self._files = [file for _, file in files if len(file)]
         self._ends = list(itertools.accumulate(len(file) for file in self._files))
         self._malformed = malformed
 
@@ -82,11 +89,25 @@ class Documents:
         return self._ends[-1] if self._ends else 0
 
     def fingerprint(self) -> str:
-        """A line that tells these documents from others, by the files' names and sizes."""
+        """A line that tells these documents from others, by the files' names, sizes and contents.
+
+        Of the contents: all lines of a .jsonl file, the footer of a .parquet file with the
+        statistics of its columns, and the ends of other files.
+        """
         sizes = [os.path.getsize(file.path) for file in self._files]
-        named = [(os.path.basename(file.path), size) for file, size in zip(self._files, sizes)]
-        digest = hashlib.sha256(repr(named).encode()).hexdigest()[:12]
+        sums = [file.checksum for file in self._files]
+        told = list(zip(self._names, sizes, sums, strict=True))
+        digest = hashlib.sha256(repr(told).encode()).hexdigest()[:12]
         return f"{len(self):,} documents in {len(sizes):,} files, {sum(sizes):,} bytes, {digest}"
+
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each document a uint64 that its file's name makes, and its number in the file."""
+        digests = (hashlib.sha256(os.fsencode(name)).digest() for name in self._names)
+        hashes_F = np.array([int.from_bytes(d[:8], "little") for d in digests], np.uint64)
+        lengths_F = [len(file) for file in self._files]
+        starts_F = np.array(self._ends, np.int64) - lengths_F
+        numbers_N = np.arange(len(self)) - np.repeat(starts_F, lengths_F)
+        return np.repeat(hashes_F, lengths_F), numbers_N
 
     def __getitem__(self, index: int) -> str | None:
         if not 0 <= index < len(self):
@@ -138,10 +159,11 @@ def open_sources(
             )
         taken.update(paths)
         opened = [_open(path, cache) for path in mine]
+        folder = fixed_folder(source.files)
         sizes.append(sum(map(len, opened)))
         if not sizes[-1]:
             raise InputError(f"{where} matches only empty files ({len(mine)} of them)")
-        files += opened
+        files += [(os.path.relpath(file.path, folder), file) for file in opened]
     return Documents(files, malformed), sizes
 
 
@@ -157,7 +179,12 @@ class _TextFile:
 
     def __init__(self, path: str):
         self.path = path
-        self._length = int(os.path.getsize(path) > 0)
+        size = os.path.getsize(path)
+        self._length = int(size > 0)
+        with open(path, "rb") as file:
+            head = file.read(ENDS)
+            file.seek(max(ENDS, size - ENDS))
+            self.checksum = zlib.crc32(head + file.read(ENDS))
 
     def __len__(self) -> int:
         return self._length
@@ -177,7 +204,7 @@ class _JsonLines:
         self.path = path
         self._starts = array.array("q")  # byte offset of each document
         self._blanks = array.array("q")  # for each blank line, the documents before it
-        position = 0
+        position = self.checksum = 0
         with open(path, "rb") as file:
             for line in file:
                 if line.isspace():
@@ -185,6 +212,7 @@ class _JsonLines:
                 else:
                     self._starts.append(position)
                 position += len(line)
+                self.checksum = zlib.crc32(line, self.checksum)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -219,6 +247,11 @@ class _Parquet:
         with pq.ParquetFile(path) as file:
             schema, metadata = file.schema_arrow, file.metadata
             rows = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+        with open(path, "rb") as file:  # it ends in the footer, its length in 4 bytes, and 4 more
+            file.seek(-8, os.SEEK_END)
+            length = int.from_bytes(file.read(4), "little")
+            file.seek(-8 - length, os.SEEK_END)
+            self.checksum = zlib.crc32(file.read(length))
         if schema.names.count(FIELD) != 1:
             many = "no column" if FIELD not in schema.names else "more than one column"
             raise InputError(f"{path} has {many} {FIELD!r}: {', '.join(schema.names)}")

@@ -190,6 +190,23 @@ def test_damaged_parquet_is_named(tmp_path, texts):
         list(opened(path)[0])
 
 
+def test_a_fingerprint_tells_contents_of_the_same_size(tmp_path):
+    path, seen = tmp_path / "a.jsonl", []
+    for lines in (["1", "2", "3"], ["1", "3", "2"], ["1", "2", "4"]):
+        path.write_text("\n".join(lines))
+        seen.append(opened(path)[0].fingerprint())
+    path = tmp_path / "a.txt"
+    for text in ("a" * 9999, "b" + "a" * 9998, "a" * 9998 + "b", "aa", "ab"):
+        path.write_text(text)
+        seen.append(opened(path)[0].fingerprint())
+    path = tmp_path / "a.parquet"
+    for texts in (["a", "c"], ["b", "c"], ["a", "b"]):
+        write_parquet(path, texts)
+        seen.append(opened(path)[0].fingerprint())
+    assert len(set(seen)) == len(seen) == 11
+    assert seen[-1] == opened(tmp_path / "*.parquet")[0].fingerprint()
+
+
 def test_a_file_that_vanished_is_named(folder):
     documents, _, _ = opened(folder / "*.txt")
     (folder / "003.txt").unlink()

@@ -40,6 +40,21 @@ def test_a_fraction_is_held_out_for_every_seed(make_config, split, folder, texts
     assert set(held_out) < set(texts_of(other.held_out))
 
 
+def test_files_that_come_or_go_move_no_other_document(make_config, folder, split, texts):
+    (folder / "0.jsonl").write_text(
+        "".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(60))
+    )
+    few = open_corpus(split)
+    many = open_corpus(make_config(f"{folder}/*", data={"validation_fraction": 0.3}))
+    held_out = texts_of(many.held_out)
+    assert [text for text in held_out if text in texts] == texts_of(few.held_out)
+    assert 0 < sum(text not in texts for text in held_out) < 60
+    moved = folder.rename(folder.with_name("elsewhere"))
+    again = open_corpus(make_config(f"{moved}/**/*", data={"validation_fraction": 0.3}))
+    assert texts_of(again.held_out) == held_out
+    assert again.files == many.files
+
+
 def test_the_fraction_is_over_all_documents(make_config, tmp_path):
     for name in "ab":
         lines = [json.dumps({"text": f"{name}{i}"}) + "\n" for i in range(5000)]
