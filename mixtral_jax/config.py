@@ -60,8 +60,8 @@ class ModelConfig:
     preset: str = ""
     """Name of a released model whose sizes are the defaults: mixtral_8x7b or mixtral_8x22b."""
     checkpoint: str = ""
-    """A folder with weights to start from, in any form that generate.py takes; its sizes, and
-    without data.tokenizer its tokenizer, are the run's. Empty starts from random weights."""
+    """A folder with weights to start from, in any form that generate.py takes; its sizes, and its
+    tokenizer if it has one, are the run's. Empty starts from random weights."""
     vocab_size: int = 32000
     """Rows of the embedding and columns of the head (V)."""
     hidden_size: int = 4096
@@ -331,7 +331,8 @@ class DataConfig:
     """Share of the documents of train that are held out when validation is empty."""
     tokenizer: str = ""
     """A SentencePiece model file; mistral-v1, mistral-v2 or mistral-v3, which the package
-    mistral-common holds; or train: make one of model.vocab_size pieces from the data."""
+    mistral-common holds; or train: make one of model.vocab_size pieces from the data, unless
+    model.checkpoint has one."""
     interleave: int = 16
     """Documents that each row of the batch has open, taking a sequence of each in turn: more makes
     consecutive steps less alike where documents are long."""

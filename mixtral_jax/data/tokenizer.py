@@ -94,6 +94,11 @@ class Tokenizer:
         return self._processor.serialized_model_proto()
 
     @property
+    def pieces(self) -> list[str]:
+        """What each id stands for, as the model spells it."""
+        return self._processor.id_to_piece(list(range(self.vocab_size)))
+
+    @property
     def file_name(self) -> str:
         """A name for its file from which from_file knows its version again."""
         return "tokenizer.model.v2" if self.version == "v2" else "tokenizer.model"

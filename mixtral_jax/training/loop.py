@@ -17,11 +17,8 @@ from mixtral_jax import sharding
 from mixtral_jax.command_line import StartUp, give_back_memory, interruptions
 from mixtral_jax.config import Config, InputError, TrainingError
 from mixtral_jax.data.batches import train_batches
-from mixtral_jax.data.corpus import Corpus, open_corpus
 from mixtral_jax.data.packing import Batch
-from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.data.validation import validation_set
-from mixtral_jax.interop import folders
 from mixtral_jax.interop.models import open_checkpoint
 from mixtral_jax.training import report, run_folder
 from mixtral_jax.training.announcement import announcement
@@ -37,6 +34,7 @@ from mixtral_jax.training.step import (
     make_validation_step,
     state_from,
 )
+from mixtral_jax.training.texts import open_texts
 
 
 def train(config: Config) -> None:
@@ -79,17 +77,17 @@ class Run:
         if begun:
             hold.take(folder)
         self.placement = Placement(config, mesh)
+        checkpoints, self.first = self._found(folder, begun)
         corpus = self.files = self.tokenizer = None
         if config.data.source == "files":
-            corpus = open_corpus(config)
+            checkpoint = checkpoints and checkpoints.folder / str(self.first)
+            corpus, self.tokenizer = open_texts(config, checkpoint, _say)
             self.files = corpus.files
-            self.tokenizer = self._load_tokenizer(folders.find_tokenizer(folder), corpus)
         self.batches = train_batches(config, self.tokenizer, self.placement.rows, corpus)
         self.held_out = None
         if config.training.validate_every:
             self.held_out = validation_set(config, self.tokenizer, corpus)
         start_up.end("data")
-        checkpoints, self.first = self._found(folder, begun)
         if self.first < config.training.steps:
             # Beside making the state, which on CPU is mostly compiling too.
             self._compiling = ThreadPoolExecutor(1, "compile").submit(self._compile)
@@ -103,21 +101,6 @@ class Run:
         self.checkpoints = Checkpoints(self.folder, config.training.keep_checkpoints)
         self.reporter = Reporter(self.folder, self.first, config.training.steps)
         self._validation_step = jax.jit(make_validation_step(config))
-
-    def _load_tokenizer(self, cached: pathlib.Path | None, corpus: Corpus) -> Tokenizer:
-        """The one that the config names, or the one of the checkpoint that it starts from."""
-        config = self.config
-        if config.data.tokenizer:
-            return load_tokenizer(config, cached, corpus)
-        if cached is not None:
-            return Tokenizer.from_file(cached)
-        tokenizer = folders.load_tokenizer(config.model.checkpoint, config.model.vocab_size)
-        if tokenizer is None:
-            raise InputError(
-                f"model.checkpoint={config.model.checkpoint} has no tokenizer.model: name one as "
-                "data.tokenizer"
-            )
-        return tokenizer
 
     def _found(self, folder: pathlib.Path, begun: bool) -> tuple[Checkpoints | None, int]:
         """The checkpoints to go on from, if there are any, and the step; otherwise step 0."""
@@ -135,7 +118,6 @@ class Run:
         """What the checkpoint of the first step holds; the batches go on from there too."""
         config, step = self.config, self.first
         state, extras = checkpoints.restore(step, abstract_train_state(config, self.mesh))
-        self._same_data(extras)
         for path in checkpoints.set_aside_after(step):
             _say(f"moved the newer checkpoint to {path}")
         checkpoints.close()
@@ -143,26 +125,6 @@ class Run:
         self._saved = step
         _say(f"resuming {config.run.dir} at step {step}")
         return state
-
-    def _same_data(self, extras: Extras) -> None:
-        """Check that the run's files and tokenizer are what they were, as its place in them is.
-
-        Raises:
-          InputError: naming what has changed.
-        """
-        for key, found in (self.files or {}).items():
-            before = (extras.files or {}).get(key, found)
-            if found != before:
-                raise InputError(
-                    f"{key} was {before} and is {found}: go on with the files of the run, or "
-                    f"start another run.dir with model.checkpoint={self.config.run.dir}"
-                )
-        if self.tokenizer is not None and extras.tokenizer is not None:
-            if self.tokenizer.model_bytes != extras.tokenizer.model_bytes:
-                raise InputError(
-                    f"the tokenizer of {self.config.run.dir} has changed: go on with the run's own"
-                )
-            self.tokenizer = extras.tokenizer  # it knows its version
 
     def _fresh_state(self) -> TrainState:
         """Random weights, or those of model.checkpoint."""

@@ -76,6 +76,26 @@ def test_a_run_wants_its_files_and_its_tokenizer_back(texts):
     assert [r["step"] for r in records(texts / "run")] == [1, 2]
 
 
+def test_what_has_changed_is_said_before_what_it_leads_to(texts):
+    data, training = {"validation_fraction": 0.5}, {"validate_every": 1, "validation_batches": 9}
+    loop.train(on_text(texts, 1, data=data, training=training))
+    for number in range(6):
+        (texts / f"{number}.txt").write_text("x" * 10**5)
+    with pytest.raises(InputError, match=r"data.train was .*, or start another run.dir with"):
+        loop.train(on_text(texts, 2, data=data, training=training))
+
+
+def test_without_a_checkpoint_the_tokenizer_is_made_of_the_files_as_they_are(texts, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "loop", lambda self: None)  # as a kill before the first step
+        loop.train(on_text(texts, 1))
+    before = (texts / "run" / "tokenizer.model").read_bytes()
+    for number in range(6):
+        (texts / f"{number}.txt").write_text(f"of other words altogether: {number}\n" * 9)
+    loop.train(on_text(texts, 1))
+    assert (texts / "run" / "tokenizer.model").read_bytes() != before
+
+
 def test_the_version_of_a_tokenizer_stays(texts):
     """The file of v2 says v3 but for its name; the run's own copies must not lose that."""
     pytest.importorskip("mistral_common")

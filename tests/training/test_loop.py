@@ -255,6 +255,21 @@ def test_a_run_starts_from_weights_with_their_sizes_and_tokenizer(weights, tmp_p
     assert (tmp_path / "run" / "tokenizer.model").read_bytes() == tokenizer.model_bytes
 
 
+def test_weights_keep_their_tokenizer(weights, tmp_path, capfd):
+    """What an embedding was trained with; a run's files may be others than those it came from."""
+    folder, _, tokenizer = weights
+    once = ("data.tokenizer=train", "training.steps=1")
+    loop.train(from_weights(tmp_path, folder, *once))
+    assert own.load_extras(own.find(tmp_path / "run")).tokenizer.pieces == tokenizer.pieces
+    assert f"data.tokenizer=train: that of {folder}, which" in capfd.readouterr().out
+    other = tmp_path / "other.model"
+    train_tokenizer(["something else, of other words altogether\n"] * 9, 290).save(other)
+    named = (f"data.tokenizer={other}", f"run.dir={tmp_path / 'named'}")
+    with pytest.raises(InputError, match=rf"={other} has other pieces than .*checkpoint={folder}"):
+        loop.train(from_weights(tmp_path, folder, *named))
+    assert not (tmp_path / "named").exists()
+
+
 def test_a_run_that_started_from_weights_goes_on_without_them(weights, tmp_path):
     folder, _, _ = weights
     moved = tmp_path / "weights"
