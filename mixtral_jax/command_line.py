@@ -33,6 +33,12 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
+def one_line(path: object) -> str:
+    """A path, or any text: as it is where it prints on one line, else with escapes."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)
+
+
 def report(error: InputError | OutputError | TrainingError) -> int:
     """Say what is wrong, on standard error; returns the exit code."""
     print(f"error: {error}", file=sys.stderr)

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mixtral_jax.command_line import one_line
 from mixtral_jax.config import InputError, SourceConfig
 from mixtral_jax.data.globs import expand, fixed_folder
 
@@ -46,13 +47,14 @@ class MalformedReport:
         self._fatal = fatal
         self._seen: set[str] = set()
         self.names: list[str] = []
-        """The first few, as path, path:line or path:row; lines and rows count from 1."""
+        """The first few, as path, path:line or path:row, printable; they count from 1."""
 
     @property
     def count(self) -> int:
         return len(self._seen)
 
     def add(self, name: str, reason: str) -> None:
+        name = one_line(name)
         if self._fatal:
             raise InputError(f"{name}: {reason}; data.malformed=skip leaves such documents out")
         if name in self._seen:

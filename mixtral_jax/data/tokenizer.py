@@ -8,6 +8,7 @@ import io
 import os
 import pathlib
 import re
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 
 import sentencepiece
@@ -110,7 +111,7 @@ class Tokenizer:
           InputError: if it cannot be written.
         """
         path = pathlib.Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f".{secrets.token_hex(8)}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(self.model_bytes)

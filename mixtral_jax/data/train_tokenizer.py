@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from mixtral_jax import config_io
-from mixtral_jax.command_line import Parser, report
+from mixtral_jax.command_line import Parser, one_line, report
 from mixtral_jax.config import Config, InputError
 from mixtral_jax.data.corpus import open_corpus
 from mixtral_jax.data.tokenizer import sample, sample_bytes, train_tokenizer
@@ -23,8 +23,13 @@ def run(config: Config, output: pathlib.Path, overwrite: bool = False) -> None:
     Raises:
       InputError: if output exists and may not be overwritten, or the data does not do.
     """
-    if output.exists() and not overwrite:
-        raise InputError(f"{output} exists: name another --output or add --overwrite")
+    name = one_line(output)
+    try:
+        if output.is_dir() or (output.exists() and not overwrite):
+            fix = "" if output.is_dir() else " or add --overwrite"
+            raise InputError(f"{name} exists: name another --output{fix}")
+    except OSError as error:  # a name too long
+        raise InputError(f"{name} cannot be written: {error.strerror}") from None
     corpus = open_corpus(config)
     texts = list(sample(corpus.training_texts(), sample_bytes(config.model.vocab_size)))
     tokenizer = train_tokenizer(texts, config.model.vocab_size)
@@ -32,7 +37,7 @@ def run(config: Config, output: pathlib.Path, overwrite: bool = False) -> None:
     total = sum(map(len, corpus.train))
     size = sum(len(text.encode()) for text in texts)
     tokens = sum(len(tokenizer.encode(text)) for text in texts)
-    print(f"trained on {len(texts)} of {total} documents ({size} bytes): {output}")
+    print(f"trained on {len(texts)} of {total} documents ({size} bytes): {name}")
     print(f"{tokenizer.vocab_size} pieces, {size / tokens:.3f} bytes per token")
     if corpus.malformed.count:
         print(f"skipped {corpus.malformed}")
@@ -51,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(config, options.output, options.overwrite)
     except InputError as error:
         return report(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

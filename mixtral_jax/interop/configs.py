@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mixtral_jax.command_line import one_line
 from mixtral_jax.config import InputError, ModelConfig
-from mixtral_jax.interop.strict_json import Reader, one_line, parse_object, quote
+from mixtral_jax.interop.strict_json import Reader, parse_object, quote
 
 LONGEST_FILE = 10_000_000
 """Bytes of a JSON file; the index of Mixtral 8x22B has 0.2 million."""

@@ -10,11 +10,11 @@ import time
 from typing import NamedTuple
 
 from mixtral_jax import sharding
+from mixtral_jax.command_line import one_line
 from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.interop import folders, loading, models, saving
 from mixtral_jax.interop.folders import Kind
 from mixtral_jax.interop.source import INDEX
-from mixtral_jax.interop.strict_json import one_line
 from mixtral_jax.interop.upcycling import Upcycled
 from mixtral_jax.model.mixtral import Mixtral
 

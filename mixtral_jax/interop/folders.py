@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from mixtral_jax import config_io
+from mixtral_jax.command_line import one_line
 from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.interop import configs, own, pickles, source
-from mixtral_jax.interop.strict_json import one_line
 
 HUGGING_FACE_CONFIG, MISTRAL_CONFIG = "config.json", "params.json"
 # The first that is there; a folder with several has the same pieces in each.

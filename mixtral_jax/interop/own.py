@@ -20,9 +20,10 @@ from typing import NamedTuple
 import numpy as np
 
 from mixtral_jax import config_io
+from mixtral_jax.command_line import one_line
 from mixtral_jax.config import Config, InputError
 from mixtral_jax.data.tokenizer import Tokenizer
-from mixtral_jax.interop.strict_json import one_line, quote
+from mixtral_jax.interop.strict_json import quote
 
 FOLDER = "checkpoints"
 PARAMS, RUN = "params", "run"

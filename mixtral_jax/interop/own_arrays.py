@@ -28,9 +28,9 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from mixtral_jax import sharding
+from mixtral_jax.command_line import one_line
 from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.interop import own
-from mixtral_jax.interop.strict_json import one_line
 from mixtral_jax.model.mixtral import Mixtral, abstract_state
 
 

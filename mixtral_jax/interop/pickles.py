@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import ml_dtypes
 import numpy as np
 
+from mixtral_jax.command_line import one_line
 from mixtral_jax.config import InputError
 from mixtral_jax.interop.safetensors import TensorInfo
-from mixtral_jax.interop.strict_json import one_line, quote, refuse_pointer
+from mixtral_jax.interop.strict_json import quote, refuse_pointer
 
 PATTERNS = ("consolidated.[0-9][0-9].pth", "consolidated.[0-9][0-9].pt")
 

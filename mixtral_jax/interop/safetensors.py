@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from mixtral_jax.command_line import one_line
 from mixtral_jax.config import InputError
 from mixtral_jax.interop.safetensors_header import (
     LONGEST_HEADER,
@@ -25,7 +26,7 @@ from mixtral_jax.interop.safetensors_header import (
     make_header,
     parse_header,
 )
-from mixtral_jax.interop.strict_json import one_line, quote, refuse_pointer
+from mixtral_jax.interop.strict_json import quote, refuse_pointer
 
 _AT_ONCE = 2**30  # bytes; Linux writes at most 2 GiB a call
 _READ_AHEAD = 2**17  # bytes; what Linux reads ahead at a time unless it is told more

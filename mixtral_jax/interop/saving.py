@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from mixtral_jax import sharding
+from mixtral_jax.command_line import one_line
 from mixtral_jax.config import Config, InputError, ModelConfig, TrainingConfig
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.interop import (
@@ -34,7 +35,6 @@ from mixtral_jax.interop import (
 )
 from mixtral_jax.interop.names import Format, Piece
 from mixtral_jax.interop.safetensors import write_safetensors
-from mixtral_jax.interop.strict_json import one_line
 from mixtral_jax.model.mixtral import Mixtral
 
 SHARD_BYTES = 5 * 10**9

@@ -16,11 +16,12 @@ from typing import NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
+from mixtral_jax.command_line import one_line
 from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.interop import configs, layout, names, pickles
 from mixtral_jax.interop.names import Entry, Format, Piece
 from mixtral_jax.interop.safetensors import SafetensorsFile, TensorInfo
-from mixtral_jax.interop.strict_json import one_line, quote
+from mixtral_jax.interop.strict_json import quote
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -24,12 +24,6 @@ def quote(value: object) -> str:
     return text if len(text) <= LONGEST_QUOTE else text[: LONGEST_QUOTE - 3] + "..."
 
 
-def one_line(path: object) -> str:
-    """A path, or any text: as it is where it prints on one line, else with escapes."""
-    text = str(path)
-    return text if text.isprintable() else repr(text)
-
-
 _POINTER = b"version https://git-lfs"
 
 

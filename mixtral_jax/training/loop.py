@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 
 from mixtral_jax import sharding
-from mixtral_jax.command_line import StartUp, give_back_memory, interruptions
+from mixtral_jax.command_line import StartUp, give_back_memory, interruptions, one_line
 from mixtral_jax.config import Config, InputError, TrainingError
 from mixtral_jax.data.batches import train_batches
 from mixtral_jax.data.packing import Batch
@@ -287,7 +287,8 @@ class Run:
         if malformed.count:
             lines.append(f"skipped {malformed}")
         self.reporter.close()
-        print("\n".join([*lines, f"report: {path}", f"checkpoints: {self.folder / FOLDER}"]))
+        lines += [f"report: {path}", f"checkpoints: {self.folder / FOLDER}"]
+        print("\n".join(map(one_line, lines)))
 
     def close(self) -> None:
         self._end_profile()
@@ -298,4 +299,4 @@ class Run:
 
 def _say(text: str) -> None:
     if jax.process_index() == 0:
-        print(text, flush=True)
+        print(one_line(text), flush=True)

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from mixtral_jax.command_line import one_line
 from mixtral_jax.config import Config
 from mixtral_jax.model.flops import peak_flops, training_flops_per_token
 from mixtral_jax.training.step import StepMetrics
@@ -151,7 +152,7 @@ class Reporter:
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         if self._active:
-            self._bar.write(text)
+            self._bar.write(one_line(text))
 
     def close(self) -> None:
         if self._active:

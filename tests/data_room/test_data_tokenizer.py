@@ -1,5 +1,6 @@
 """Encoding, decoding as ids arrive, and making tokenizers."""
 
+import os
 import re
 
 import numpy as np
@@ -235,3 +236,23 @@ def test_command_reports_bad_input_in_one_line(command_line, folder, capsys):
         assert re.fullmatch(r"error: .*\n", captured.err)
         assert not captured.out
         assert not (folder / "t.model").exists()
+
+
+def test_command_takes_files_of_any_name(command_line, folder, capsys):
+    (folder / os.fsdecode(b"\xff.txt")).write_bytes(b"\xff")
+    assert command.main(command_line) == 0
+    assert "skipped 1 malformed document: '" in capsys.readouterr().out
+    for name, reason in (("x" * 300, "cannot be written: File name too long"), ("", "exists")):
+        assert command.main([*command_line, "--overwrite", "--output", f"{folder}/{name}"]) == 2
+        assert re.fullmatch(rf"error: \S* {reason}.*\n", capsys.readouterr().err)
+    assert command.main([*command_line, "--output", f"{folder}/{'x' * 250}"]) == 0
+
+
+def test_command_ends_at_ctrl_c(command_line, folder, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "train_tokenizer", interrupted)
+    assert command.main(command_line) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert not (folder / "t.model").exists()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 
@@ -219,6 +220,12 @@ def test_a_report_that_was_not_drawn_is_drawn(tmp_path, capfd):
     loop.train(synthetic(folder, training={"steps": 3}))
     assert (folder / "report.png").stat().st_size > 10_000
     assert "complete at step 3" in capfd.readouterr().out
+
+
+def test_a_skipped_file_of_any_name_is_named_at_the_end(texts, capsys):
+    (texts / os.fsdecode(b"\xff.txt")).write_bytes(b"\xff")
+    loop.train(on_text(texts, 1))
+    assert "skipped 1 malformed document: '" in capsys.readouterr().out
 
 
 def test_what_a_user_may_not_expect_is_said_at_the_start(tmp_path, capfd):
