@@ -306,7 +306,7 @@ class SourceConfig:
     .jsonl and .parquet files hold one document a line or row in the field `text`; every other
     file is one document."""
     weight: float = 1.0
-    """Share of the documents drawn from this source, relative to the others."""
+    """Share of the documents drawn from this source, relative to the others; empty ones count."""
 
     def __post_init__(self) -> None:
         if not self.files:
@@ -325,14 +325,13 @@ class DataConfig:
     """A glob, a list of globs, or a list of {files: GLOB, weight: W}; a file that several of them
     name belongs to the first."""
     validation: tuple[SourceConfig, ...] = ()
-    """Held-out text, written like train, and never trained on; empty takes validation_fraction of
-    train's documents."""
+    """Held-out text, written like train but without weights, and never trained on; empty takes
+    validation_fraction of train's documents."""
     validation_fraction: float = 0.02
     """Share of the documents of train that are held out when validation is empty."""
     tokenizer: str = ""
-    """A SentencePiece model file; mistral-v1, mistral-v2 or mistral-v3, which the package
-    mistral-common holds; or train: make one of model.vocab_size pieces from the data, unless
-    model.checkpoint has one."""
+    """A SentencePiece model file; mistral-v1, -v2 or -v3, which the package mistral-common holds;
+    or train: make one of model.vocab_size pieces from the data, unless model.checkpoint has one."""
     interleave: int = 16
     """Documents that each row of the batch has open, taking a sequence of each in turn: more makes
     consecutive steps less alike where documents are long."""

@@ -30,6 +30,7 @@ from mixtral_jax.data.tokenizer import Tokenizer
 
 SHUFFLE, DEAL = 3, 4  # salts
 READY = 4  # batches made ahead
+MOST_WEIGHT = 10**6  # over the smallest: grain counts in hundredths of that
 PATIENCE = 100  # documents without text in a row before asking whether there is any text
 
 
@@ -152,6 +153,7 @@ class TrainBatches(_Batches):
         corpus = corpus or open_corpus(config)
         lanes, batch_size = config.data.interleave, config.training.batch_size
         super().__init__(rows, corpus.malformed, lanes)
+        corpus.require_text()
         deal, ids = _Deal(config, corpus), _DocumentIds(corpus, tokenizer)
         self._length = config.training.sequence_length
         self._rows = [
@@ -221,6 +223,12 @@ class _Deal:
             grain.MapDataset.source(subset.numbers_N).pipe(Shuffle, self._seed, number).repeat()
             for number, subset in enumerate(corpus.train)
         ]
+        least, most = min(corpus.weights), max(corpus.weights)
+        if most > MOST_WEIGHT * least:
+            raise InputError(
+                f"data.train: weight={most} is more than {MOST_WEIGHT:,} times weight={least}: "
+                "bring them nearer together"
+            )
         self._sequence = grain.MapDataset.mix(shuffles, corpus.weights)
         shares = [weight / sum(corpus.weights) for weight in corpus.weights]
         self.crowded = {

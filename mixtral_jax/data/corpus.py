@@ -75,6 +75,8 @@ class Corpus:
     """Those of data.train."""
     train: tuple[Subset, ...]
     """Which of them are trained on, one subset a source."""
+    globs: tuple[str, ...]
+    """What errors call the sources."""
     weights: tuple[float, ...]
     """How often to draw from each source, relative to the others."""
     held_out: Subset
@@ -91,16 +93,17 @@ class Corpus:
                 yield text
 
     def require_text(self) -> None:
-        """Check that there is anything to train on.
+        """Check that there is anything to train on in every source.
 
         Raises:
-          InputError: if every training document is empty or malformed.
+          InputError: if all training documents of a source are empty or malformed.
         """
-        if next(self.training_texts(), None) is None:
-            total = sum(map(len, self.train))
-            raise InputError(
-                f"data.train: none of the {total} documents holds text; {self.malformed}"
-            )
+        for glob, subset in zip(self.globs, self.train, strict=True):
+            if not any(subset):
+                raise InputError(
+                    f"data.train: none of the {len(subset)} documents of {glob} holds text; "
+                    f"{self.malformed}"
+                )
 
 
 def open_corpus(config: Config) -> Corpus:
@@ -120,6 +123,8 @@ def open_corpus(config: Config) -> Corpus:
         raise InputError(f"data.source={data.source} has no text: set data.source=files")
     if not data.train:
         raise InputError("data.train is empty: name your files, such as data.train=texts/**/*.txt")
+    if weights := {source.weight for source in data.validation} - {1.0}:
+        raise InputError(f"data.validation: weight={weights.pop()} does nothing: leave it out")
     malformed = MalformedReport(fatal=data.malformed == "error")
     taken: set[str] = set()
     files = {}
@@ -144,5 +149,6 @@ def open_corpus(config: Config) -> Corpus:
                 f"data.train: all {size} documents of {source.files} are held out by data."
                 f"validation_fraction={data.validation_fraction}: name data.validation instead"
             )
+    globs = tuple(source.files for source in data.train)
     weights = tuple(source.weight for source in data.train)
-    return Corpus(documents, tuple(train), weights, held_out, malformed, files)
+    return Corpus(documents, tuple(train), globs, weights, held_out, malformed, files)

@@ -178,6 +178,15 @@ def test_every_row_draws_documents_by_weight(make_config, tmp_path, start, read_
     np.testing.assert_allclose(shares, [0.25, 0.5, 0.25], atol=0.015)
 
 
+@pytest.mark.parametrize("weights", [(1, 1.1e6), (1e308, 1e-308)])
+def test_weights_too_far_apart_are_refused(make_config, tmp_path, start, weights):
+    train = [{"files": f"{tmp_path}/{w}.jsonl", "weight": w} for w in weights]
+    for weight in weights:
+        write_lines(tmp_path / f"{weight}.jsonl", "ab")
+    with pytest.raises(InputError, match=r"weight=\S+ is more than 1,000,000 times weight="):
+        start(make_config(train))
+
+
 def test_rows_that_share_a_document_start_apart(make_config, tmp_path, start, tokenizer, texts):
     (tmp_path / "one.txt").write_text(max(texts, key=len))
     batches = start(make_config(f"{tmp_path}/*.txt"))
@@ -247,10 +256,12 @@ def test_the_first_malformed_document_can_be_fatal(make_config, folder, start):
         next(batches)
 
 
-def test_nothing_but_malformed_documents_ends_the_run(make_config, tmp_path, start):
+def test_a_source_of_nothing_but_malformed_documents_ends_the_run(make_config, tmp_path, start):
     write_lines(tmp_path / "a.jsonl", ["", "", None])
-    with pytest.raises(InputError, match=r"none of the 3 documents holds text; 1 malformed.*:3$"):
-        next(start(make_config(f"{tmp_path}/*.jsonl")))
+    write_lines(tmp_path / "b.jsonl", ["found"])
+    config = make_config([f"{tmp_path}/b.jsonl", f"{tmp_path}/a.jsonl"])
+    with pytest.raises(InputError, match=r"none of the 3 .* of .*a\.jsonl holds text; 1 mal.*:3$"):
+        start(config)
 
 
 def test_one_readable_document_is_enough(make_config, tmp_path, start, tokenizer):

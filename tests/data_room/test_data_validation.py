@@ -93,6 +93,11 @@ def test_files_of_validation_are_not_trained_on(make_config, folder, texts):
     data = {"validation": f"{folder}/*.txt"}
     with pytest.raises(InputError, match=r"only files that data\.validation or"):
         open_corpus(make_config(f"{folder}/003.txt", data=data))
+    data = {"validation": {"files": f"{folder}/003.txt", "weight": 2}}
+    with pytest.raises(
+        InputError, match=r"data\.validation: weight=2\.0 does nothing: leave it out"
+    ):
+        open_corpus(make_config(f"{folder}/*.txt", data=data))
 
 
 def test_a_source_must_keep_something_to_train_on(make_config, tmp_path):
