@@ -303,8 +303,8 @@ class SourceConfig:
 
     files: str = ""
     """A glob; ** crosses folders; {stdlib} stands for the running Python's standard library.
-    .jsonl and .parquet files hold one document a line or row in the field `text`; every other
-    file is one document."""
+    .jsonl (or .ndjson) and .parquet files hold one document a line or row in the field `text`;
+    every other file is one document, but .json is refused."""
     weight: float = 1.0
     """Share of the documents drawn from this source, relative to the others; empty ones count."""
 

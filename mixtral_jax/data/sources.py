@@ -1,8 +1,9 @@
 """Documents in files, read one at a time by number.
 
-A glob names files; a file holds documents: a .jsonl file one a line and a .parquet file one a row,
-both in the field `text`; any other file is one document. Opening indexes where documents start and
-holds no text. A document that cannot be read is counted in a MalformedReport and reads as None.
+A glob names files; a file holds documents: a .jsonl or .ndjson file one a line and a .parquet file
+one a row, both in the field `text`; any other file is one document, but for .json, which is
+refused. Opening indexes where documents start and holds no text. A document that cannot be read is
+counted in a MalformedReport and reads as None.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ class _TextFile:
 
     def read(self, index: int) -> str:
         with open(self.path, "rb") as file:
-            return file.read().decode()
+            return file.read().decode("utf-8-sig")  # without a byte order mark at its start
 
 
 class _JsonLines:
@@ -215,6 +216,7 @@ class _JsonLines:
                     self._starts.append(position)
                 position += len(line)
                 self.checksum = zlib.crc32(line, self.checksum)
+        self._size = position
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -224,6 +226,8 @@ class _JsonLines:
 
     def read(self, index: int) -> str:
         with open(self.path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < self._size:
+                raise InputError(f"{self.path} has been cut short since it was opened")
             file.seek(self._starts[index])
             line = file.readline().decode("utf-8-sig")
         try:
@@ -311,7 +315,12 @@ def _open(path: str, cache: _RowGroups) -> _File:
     try:
         if suffix == ".parquet":
             return _Parquet(path, cache)
-        return _JsonLines(path) if suffix == ".jsonl" else _TextFile(path)
+        if suffix == ".json":
+            raise InputError(
+                f"{path} is neither text nor lines of JSON by its name: call it .jsonl if each "
+                "line is an object, or .txt if it is text"
+            )
+        return _JsonLines(path) if suffix in (".jsonl", ".ndjson") else _TextFile(path)
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(path, error) from None
 

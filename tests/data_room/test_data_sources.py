@@ -33,9 +33,10 @@ def test_text_files_are_documents_in_sorted_order(folder, texts):
 
 
 def test_text_is_byte_for_byte(tmp_path):
-    text = "\ufeffa\r\nb\rc\n\n\x00\u2028é"
+    text = "a\r\nb\rc\n\n\x00\u2028é\ufeff"
     (tmp_path / "a.txt").write_bytes(text.encode())
-    assert opened(tmp_path / "*")[0][0] == text
+    (tmp_path / "b.txt").write_bytes(text.encode("utf-8-sig"))  # its mark is no text
+    assert list(opened(tmp_path / "*")[0]) == [text, text]
 
 
 def test_globs_recurse_and_skip_empty_files(tmp_path):
@@ -96,13 +97,20 @@ def test_json_lines(tmp_path, texts):
     lines = [json.dumps({"id": 3, "text": text}) for text in texts]
     lines[1:1] = ["", "  \t"]
     (tmp_path / "a.jsonl").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
-    (tmp_path / "b.JSONL").write_text('{"text": "last"}\n\n')
+    (tmp_path / "b.JSONL").write_text('{"text": "next"}\n\n')
+    (tmp_path / "c.ndjson").write_text('{"text": "last"}')
     documents, _, report = opened(tmp_path / "*")
     order = list(range(len(documents)))
     random.Random(0).shuffle(order)
     read = {index: documents[index] for index in order}
-    assert [read[index] for index in range(len(documents))] == [*texts, "last"]
+    assert [read[index] for index in range(len(documents))] == [*texts, "next", "last"]
     assert report.count == 0
+    (tmp_path / "a.jsonl").write_text(lines[0][:-1])
+    with pytest.raises(InputError, match=r"a\.jsonl has been cut short"):
+        documents[0]
+    (tmp_path / "d.json").write_text("[]")
+    with pytest.raises(InputError, match=r"d\.json is neither .*: call it \.jsonl"):
+        opened(tmp_path / "*")
 
 
 def test_malformed_lines_are_named_and_counted_once(tmp_path, caplog):
