@@ -98,7 +98,8 @@ def read_conversation(messages: Sequence[Mapping[str, Any]]) -> Conversation:
     _check_order(messages)
     _check_results(messages)
     _check_end(messages)
-    system = [_text(m, n) for n, m in enumerate(messages, 1) if m["role"] == "system"]
+    systems = ((m, _text(m, n)) for n, m in enumerate(messages, 1) if m["role"] == "system")
+    system = [text for message, text in systems if message["content"]]  # a list of "" counts
     turns = []
     for role, group in itertools.groupby(enumerate(messages, 1), lambda item: item[1]["role"]):
         numbered = list(group)
@@ -109,7 +110,7 @@ def read_conversation(messages: Sequence[Mapping[str, Any]]) -> Conversation:
             turns.append(_joined(parts, numbered[-1][0]))
     if not turns or turns[0].role != "user":
         turns.insert(0, Turn("user"))
-    return Conversation(JOINT.join(filter(None, system)), tuple(turns))
+    return Conversation(JOINT.join(system), tuple(turns))
 
 
 def read_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
