@@ -41,8 +41,8 @@ def memory_of(compile: Callable[[], jax.stages.Compiled], arguments: Any, limit:
                 "model.exchange"
             ) from None
         held, wanted = bytes_of(arguments), needed_bytes(str(error))
-        # Of temporaries alone, or of the whole program: the compiler says one or the other.
-        temporaries = wanted if "temporaries" in str(error) else max(wanted - held, 0)
+        # It is the whole program's, though the compiler may call it that of temporaries.
+        temporaries = max(wanted - held, 0)
         fits, parts = False, {"arguments": held, "temporaries": temporaries, "output": 0}
     else:
         parts = {
