@@ -9,19 +9,16 @@ bf16 weights and cache. Needs libtpu (requirements-tpu.txt), not a TPU.
 
 from __future__ import annotations
 
-import math
 import time
+from functools import partial
 
-import jax
-import jax.numpy as jnp
 import measure
-import ours
 
 from mixtral_jax import config_io
 from mixtral_jax.analysis import generation_report
 from mixtral_jax.analysis import topology as topologies
+from mixtral_jax.analysis.memory import bytes_of, memory_of
 from mixtral_jax.config import MeshConfig, check_mesh
-from mixtral_jax.model.mixtral import abstract_state
 
 GIB = 2**30
 TABLE = [
@@ -35,14 +32,6 @@ TABLE = [
     ("mixtral_8x22b", "v5p:2x2x2", {"expert": 8}, 8, 4096),
     ("mixtral_8x22b", "v6e:4x4", {"expert": 8, "tensor": 2}, 8, 4096),
 ]
-
-
-def held(tree) -> int:
-    """Bytes of a tree of sharded arrays on one device."""
-    return sum(
-        jnp.dtype(a.dtype).itemsize * math.prod(a.sharding.shard_shape(a.shape))
-        for a in jax.tree.leaves(tree)
-    )
 
 
 def fit(
@@ -61,22 +50,16 @@ def fit(
     check_mesh(config, MeshConfig(**mesh_sizes))
     target = topologies.get_slice(topology)
     mesh = topologies.make_mesh(MeshConfig(**mesh_sizes), target)
-    _, state = abstract_state(config)
-    params = ours.abstract(state, mesh)
 
     began = time.perf_counter()
     asked = generation_report.Batch(batch, context // 2, context - context // 2)
     both = generation_report.two_programs(config, mesh, asked)
-    first, step = (both[kind].compile(mesh) for kind in ("prefill", "decode"))
-    cache = held(both["decode"].arguments[1].cache)
-    memory = target.chip.hbm_bytes
-    weights = held(params)
-    peaks = {}
-    for name, compiled in (("prefill", first), ("decode", step)):
-        m = compiled.memory_analysis()
-        peaks[name] = (
-            m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-        ) + m.temp_size_in_bytes
+    found = {
+        kind: memory_of(partial(program.compile, mesh), program.arguments, target.limit)
+        for kind, program in both.items()
+    }
+    peaks = {kind: one["bytes_per_device"]["total"] for kind, one in found.items()}
+    params, progress, *_ = both["decode"].arguments
     return {
         "model": model,
         "topology": topology,
@@ -84,12 +67,12 @@ def fit(
         "exchange": exchange or "ragged",
         "batch": batch,
         "context": context,
-        "weights_gib": round(weights / GIB, 2),
-        "cache_gib": round(cache / GIB, 2),
+        "weights_gib": round(bytes_of(params) / GIB, 2),
+        "cache_gib": round(bytes_of(progress.cache) / GIB, 2),
         "prefill_gib": round(peaks["prefill"] / GIB, 2),
         "decode_gib": round(peaks["decode"] / GIB, 2),
-        "chip_gib": round(memory / GIB),
-        "fits": max(peaks.values()) < memory,
+        "chip_gib": round(target.limit / GIB),
+        "fits": all(one["fits"] for one in found.values()),
         "compile_seconds": round(time.perf_counter() - began, 1),
     }
 

@@ -16,16 +16,6 @@ def load(path: str, overrides: list[str]) -> Config:
     return config_io.load(path, ["data.source=synthetic", *overrides])
 
 
-def abstract(tree, mesh):
-    """Shapes, types and shardings of a tree of parameters on a mesh."""
-    import jax
-
-    shardings = sharding.param_shardings(tree, mesh)
-    return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings
-    )
-
-
 class Training:
     """A training step that has been compiled, and what it works on."""
 

@@ -82,7 +82,7 @@ def layer(config: ModelConfig, mesh, tokens: int, options: dict | None):
         x_BLD = jax.ShapeDtypeStruct((*shape, config.hidden_size), dtype, sharding=where)
         real_BL = jax.ShapeDtypeStruct(shape, bool, sharding=where)
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
-        lowered = gradient.lower(ours.abstract(state, mesh), x_BLD, real_BL)
+        lowered = gradient.lower(sharding.placed_shapes(state, mesh), x_BLD, real_BL)
         return lowered.compile(compiler_options=options)
 
 

@@ -200,6 +200,15 @@ def param_shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:
     )
 
 
+def placed_shapes(state: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Shapes, types and those shardings, of a tree of nnx variables, as ShapeDtypeStructs."""
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        state,
+        param_shardings(state, mesh),
+    )
+
+
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

@@ -92,11 +92,7 @@ def two_programs(model: ModelConfig, mesh: jax.sharding.Mesh, batch: Batch) -> d
     """`prefill` and `decode` for a batch on a mesh."""
     abstract = quantizing.abstract_state if batch.weights else abstract_state
     graphdef, state = nnx.split(in_layers(nnx.merge(*abstract(model))))
-    params = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        state,
-        sharding.param_shardings(state, mesh),
-    )
+    params = sharding.placed_shapes(state, mesh)
     rows, lanes, alive = abstract_inputs(mesh, batch)
     size = places(min(batch.prompt_length + batch.max_new_tokens, model.max_position_embeddings))
     with jax.set_mesh(mesh):

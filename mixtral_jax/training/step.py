@@ -49,7 +49,7 @@ class StepMetrics(NamedTuple):
 
 
 def make_state(config: Config, key: jax.Array) -> TrainState:
-    """A fresh state; call under jit with the shardings of `state_shardings`."""
+    """A fresh state; call it under jit, with the shardings of `abstract_train_state`."""
     params = nnx.state(Mixtral(config.model, key))
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, zero, zero, params, make_optimizer(config.training).init(params))
@@ -61,10 +61,7 @@ def abstract_train_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
 
     def with_sharding(leaf):
         if isinstance(leaf, nnx.Variable):
-            where = sharding.param_shardings(leaf, mesh)
-            return jax.tree.map(
-                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), leaf, where
-            )
+            return sharding.placed_shapes(leaf, mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
 
     return jax.tree.map(with_sharding, state, is_leaf=lambda x: isinstance(x, nnx.Variable))

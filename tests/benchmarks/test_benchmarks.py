@@ -6,6 +6,7 @@ import pathlib
 import sys
 import types
 
+import jax
 import pytest
 
 from mixtral_jax import sharding
@@ -192,6 +193,24 @@ def test_scaling_of_bytes(command):
         assert line["body"] == "padded"
         assert line["exchanged_bytes"] == line["law_bytes"] == 4 * tokens * 2 * 16 * 4
         assert line["rows_in_use_bytes"] == 4 * tokens * 3 / 2 * 16 * 4
+
+
+@pytest.mark.tpu_compile
+def test_fit_says_of_a_model_that_does_not_fit_what_it_needs(command, monkeypatch):
+    pytest.importorskip("libtpu", reason="libtpu is not installed: nothing compiles for TPU here")
+    from mixtral_jax.analysis import generation_report
+
+    def refuse(*arguments):
+        message = "RESOURCE_EXHAUSTED: HLO temporaries (30.50G) exceeds available HBM (15.75G)."
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(generation_report.Program, "compile", refuse)  # it takes a minute
+    (line,) = command("fit", "--topology", "v5e:2x2", "mesh.expert=4")
+    assert line["fits"] is False
+    assert line["prefill_gib"] == line["decode_gib"] == 30.5
+    experts = 32 * 8 * 3 * 4096 * 14336  # the others lie whole on each device
+    weights = 2 * (experts / 4 + 46_702_792_704 - experts)
+    assert line["weights_gib"] == pytest.approx(weights / 2**30, abs=0.01)
 
 
 @pytest.mark.slow
