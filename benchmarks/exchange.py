@@ -44,16 +44,13 @@ def prepare(body: str, tokens: int, experts: int, per_token: int, shards: int, w
     )
 
     def device(x_TD, ids_TC):
-        order_A, rank_CT, chosen_E, kept_E = keep_rows(ids_TC, experts, None)
-        plan = exchanges.plan(exchange, kept_E)
-        rows = dispatch_rows(
-            *(ids_TC, order_A, rank_CT, chosen_E, plan.kept_E, plan.offsets_E),
-            exchange.send_rows,
-        )
-        sent_RD = take_rows(x_TD, rows.token_R, rows.row_CT)
-        received_RD = exchanges.send(exchange, plan, sent_RD)
-        returned_RD = exchanges.send_back(exchange, plan, received_RD)
-        return take_rows(returned_RD, rows.row_CT.reshape(-1), rows.assignment_R[None])
+        ranked = keep_rows(ids_TC, experts, None)
+        plan = exchanges.plan(exchange, ranked.kept_E)
+        rows = dispatch_rows(ids_TC, ranked, plan, exchange.send_rows)
+        sent_SD = take_rows(x_TD, rows.token_S, rows.row_CT)
+        received_RD = exchanges.send(exchange, plan, sent_SD)
+        returned_SD = exchanges.send_back(exchange, plan, received_RD)
+        return take_rows(returned_SD, rows.row_CT.reshape(-1), rows.assignment_S[None])
 
     mesh = sharding.make_mesh(expert=shards)
     random = np.random.default_rng(0)

@@ -9,7 +9,9 @@ Dimension letters, used as suffixes of array names throughout:
     N query heads      K kv heads         G = N / K          H head width
     V vocabulary       E experts          F expert hidden    C experts per token
     T tokens on this device               R rows (token, expert) received here
+    A assignments (choice, token): C T    S, of an exchange: rows of its send buffer
     X devices along the expert axis       M microbatches
+    P parts of a sum, or runs of rows     Y lanes of prompts
 
 Lower case is a per-device size where it differs: e = E / X local experts, d and f likewise.
 """

@@ -60,15 +60,28 @@ def runs_few(config: ModelConfig, tokens: int, dtype: jnp.dtype) -> bool:
     return whole and not config.grouped_matmul and few_tokens.fits(tokens, *shape, dtype)
 
 
-class Dispatch(NamedTuple):
-    """Which token goes where in the send buffer; A = C * T assignments, best choices first."""
+class Ranked(NamedTuple):
+    """Assignments (choice, token) by expert; A = C * T, numbered best choices first."""
 
-    token_R: jax.Array
+    order_A: jax.Array
+    """All of them, stably sorted by expert."""
+    rank_CT: jax.Array
+    """The rank of each within its expert."""
+    counts_E: jax.Array
+    """How many chose each expert."""
+    kept_E: jax.Array
+    """How many of them are below the capacity."""
+
+
+class Dispatch(NamedTuple):
+    """Which token goes where in the send buffer, of S rows."""
+
+    token_S: jax.Array
     """For each row of the send buffer, its token; T where the row is empty."""
-    assignment_R: jax.Array
+    assignment_S: jax.Array
     """For each row of the send buffer, its assignment; A where the row is empty."""
     row_CT: jax.Array
-    """For each choice of each token, its row in the send buffer; R where dropped or padding."""
+    """For each choice of each token, its row in the send buffer; S where dropped or padding."""
 
 
 def capacity_of(capacity_factor: float | None, tokens: int, per_token: int, experts: int):
@@ -78,15 +91,11 @@ def capacity_of(capacity_factor: float | None, tokens: int, per_token: int, expe
     return math.ceil(capacity_factor * tokens * per_token / experts)
 
 
-def keep_rows(ids_TC: jax.Array, experts: int, capacity: int | None):
+def keep_rows(ids_TC: jax.Array, experts: int, capacity: int | None) -> Ranked:
     """Rank the assignments of each expert, and keep those below the capacity.
 
     Assignments are ranked best choices first, then in the order of the tokens: when an expert is
     over capacity, second choices are dropped before any first choice, later tokens before earlier.
-
-    Returns:
-      (order_A, rank_CT, chosen_E, kept_E): assignments stably sorted by expert, each one's rank
-      within its expert, and the rows that chose and that keep each expert.
     """
     ids_A = ids_TC.T.reshape(-1)
     # Counting: a comparison sort takes XLA 16 s to compile for TPU. Padding sorts behind the last.
@@ -94,25 +103,28 @@ def keep_rows(ids_TC: jax.Array, experts: int, capacity: int | None):
     chosen_EA = (ids_A[None] == jnp.arange(experts + 1)[:, None]).astype(jnp.int32)
     rank_EA = jnp.cumsum(chosen_EA, axis=1) - chosen_EA
     rank_A = (rank_EA * chosen_EA).sum(axis=0)
-    chosen_E = chosen_EA.sum(axis=1)
-    position_A = (starts(chosen_E)[:, None] * chosen_EA).sum(axis=0) + rank_A
+    counts_E = chosen_EA.sum(axis=1)
+    position_A = (starts(counts_E)[:, None] * chosen_EA).sum(axis=0) + rank_A
     places_A = jnp.zeros_like(ids_A).at[position_A]
     order_A = places_A.set(numbers_A, unique_indices=True, mode="promise_in_bounds")
-    chosen_E = chosen_E[:experts]
-    kept_E = chosen_E if capacity is None else jnp.minimum(chosen_E, capacity)
-    return order_A, rank_A.reshape(ids_TC.T.shape), chosen_E, kept_E
+    counts_E = counts_E[:experts]
+    kept_E = counts_E if capacity is None else jnp.minimum(counts_E, capacity)
+    return Ranked(order_A, rank_A.reshape(ids_TC.T.shape), counts_E, kept_E)
 
 
-def dispatch_rows(ids_TC, order_A, rank_CT, chosen_E, kept_E, offsets_E, send_rows) -> Dispatch:
-    """Lay the kept assignments out in a send buffer where expert i's rows start at offsets[i]."""
-    tokens, assignments = ids_TC.shape[0], order_A.shape[0]
-    sorted_R = segment_map(offsets_E, starts(chosen_E), kept_E, send_rows, assignments)
-    assignment_R = order_A.at[sorted_R].get(mode="fill", fill_value=assignments)
-    token_R = jnp.where(assignment_R < assignments, assignment_R % tokens, tokens)
+def dispatch_rows(
+    ids_TC: jax.Array, ranked: Ranked, plan: exchanges.Plan, send_rows: int
+) -> Dispatch:
+    """Lay out in the plan's send buffer the assignments that it keeps."""
+    (tokens, _), assignments = ids_TC.shape, ids_TC.size
+    kept_E, offsets_E = plan.kept_E, plan.offsets_E
+    sorted_S = segment_map(offsets_E, starts(ranked.counts_E), kept_E, send_rows, assignments)
+    assignment_S = ranked.order_A.at[sorted_S].get(mode="fill", fill_value=assignments)
+    token_S = jnp.where(assignment_S < assignments, assignment_S % tokens, tokens)
     ids_CT = ids_TC.T
-    kept_CT = rank_CT < kept_E.at[ids_CT].get(mode="fill", fill_value=0)
-    row_CT = offsets_E.at[ids_CT].get(mode="fill", fill_value=0) + rank_CT
-    return Dispatch(token_R, assignment_R, jnp.where(kept_CT, row_CT, send_rows))
+    kept_CT = ranked.rank_CT < kept_E.at[ids_CT].get(mode="fill", fill_value=0)
+    row_CT = offsets_E.at[ids_CT].get(mode="fill", fill_value=0) + ranked.rank_CT
+    return Dispatch(token_S, assignment_S, jnp.where(kept_CT, row_CT, send_rows))
 
 
 class MoE(nnx.Module):
@@ -157,6 +169,7 @@ class MoE(nnx.Module):
             scale_EF, scale_ED = (
                 sharding.spec("experts", axis) for axis in ("expert_hidden", "expert_model")
             )
+            # The other way round: of an Int8 what is summed over lies last, of gate [E, F, D].
             into, out_of = int8.Int8(out_of, scale_EF), int8.Int8(into, scale_ED)
         else:
             weights = [p.get_value() for p in weights]
@@ -202,33 +215,21 @@ def _sparse_experts(
     with jax.named_scope("route"):  # 1. choose experts; 2. sort the assignments by expert
         routing = route(x_TD, router_DE, real_T, per_token)
         capacity = capacity_of(config.capacity_factor, tokens, per_token, experts)
-        order_A, rank_CT, chosen_E, kept_E = jax.tree.map(
+        ranked = jax.tree.map(
             lambda a: checkpoint_name(a, "routing"), keep_rows(routing.ids_TC, experts, capacity)
         )
 
     with jax.named_scope("exchange"):  # 3. rows to their experts
-        plan = exchanges.plan(exchange, kept_E)
-        statistics = over_batch(local_statistics(routing, real_T, (chosen_E - plan.kept_E).sum()))
-        rows = dispatch_rows(
-            *(routing.ids_TC, order_A, rank_CT, chosen_E, plan.kept_E, plan.offsets_E),
-            exchange.send_rows,
-        )
-        sent_RD = take_rows(x_TD, rows.token_R, rows.row_CT)
-        received_RD = exchanges.send(exchange, plan, sent_RD)
+        plan = exchanges.plan(exchange, ranked.kept_E)
+        dropped = (ranked.counts_E - plan.kept_E).sum()
+        statistics = over_batch(local_statistics(routing, real_T, dropped))
+        rows = dispatch_rows(routing.ids_TC, ranked, plan, exchange.send_rows)
+        sent_SD = take_rows(x_TD, rows.token_S, rows.row_CT)
+        received_RD = exchanges.send(exchange, plan, sent_SD)
         received_RD = checkpoint_name(received_RD, "expert_in")
 
     with jax.named_scope("experts"):  # 4. SwiGLU over the experts that live here
-        if isinstance(gate_edf, int8.Int8):
-            down_eDf = int8.Int8(_whole(down_efd.values, 1), _whole(down_efd.scale, 1))
-            into = (w._replace(values=_whole(w.values, 2)) for w in (gate_edf, up_edf))
-            matrices = [*into, down_eDf]
-            few = not isinstance(down_eDf.values, tuple) and received_RD.shape[0] <= int8.FEW
-            if not few:
-                matrices = [_matrices(w, x_TD.dtype) for w in matrices]
-        else:
-            matrices = [_whole(gate_edf, 1), _whole(up_edf, 1), _whole(down_efd, 2)]
-            if isinstance(gate_edf, tuple):
-                matrices = [[w_1Df[0] for w_1Df in of_all] for of_all in matrices]
+        matrices = _gathered(gate_edf, up_edf, down_efd, received_RD)
         if isinstance(matrices[0], int8.Int8):
             done_RD = int8.few_rows(received_RD, *matrices, plan.group_sizes_e)
         elif isinstance(matrices[0], list):
@@ -241,24 +242,24 @@ def _sparse_experts(
             )
 
     with jax.named_scope("exchange"):  # 5. and back, where the weighted sum ends it
-        returned_RD = exchanges.send_back(exchange, plan, done_RD)
-        returned_RD = checkpoint_name(returned_RD, "expert_out")
+        returned_SD = exchanges.send_back(exchange, plan, done_RD)
+        returned_SD = checkpoint_name(returned_SD, "expert_out")
     with jax.named_scope("combine"):
-        parts_AD = take_rows(returned_RD, rows.row_CT.reshape(-1), rows.assignment_R[None])
+        parts_AD = take_rows(returned_SD, rows.row_CT.reshape(-1), rows.assignment_S[None])
         parts_CTD = parts_AD.reshape(per_token, tokens, -1)
         out_TD = weighted_sum(routing.weights_TC, parts_CTD)
         out_TD = lax.psum(out_TD, sharding.in_use(sharding.TENSOR))
     return out_TD.reshape(x_BLD.shape), statistics
 
 
-def _few_tokens(x_BLD, real_BL, router_DE, gate_EDf, up_EDf, down_EfD, *, per_token):
+def _few_tokens(x_BLD, real_BL, router_DE, gate_Edf, up_Edf, down_Efd, *, per_token):
     """_sparse_experts where the kernels for a few tokens do all but the routing."""
     x_TD, real_T = x_BLD.reshape(-1, x_BLD.shape[-1]), real_BL.reshape(-1)
     with jax.named_scope("route"):
         routing = route(x_TD, router_DE, real_T, per_token)
         statistics = over_batch(local_statistics(routing, real_T, jnp.int32(0)))
     with jax.named_scope("experts"):
-        matrices = _whole(gate_EDf, 1), _whole(up_EDf, 1), _whole(down_EfD, 2)
+        matrices = _whole(gate_Edf, 1), _whole(up_Edf, 1), _whole(down_Efd, 2)
         out_TD = few_tokens.experts(x_TD, *matrices, routing.ids_TC, routing.weights_TC)
         out_TD = lax.psum(out_TD, sharding.in_use(sharding.TENSOR))
     return out_TD.reshape(x_BLD.shape), statistics
@@ -268,6 +269,23 @@ def over_batch(statistics: RoutingStatistics) -> RoutingStatistics:
     """Those of the global batch, of each device's; inside shard_map."""
     over = sharding.in_use(*sharding.BATCH_AXES)
     return jax.tree.map(lambda s: lax.psum(s, over), statistics)
+
+
+def _gathered(gate_edf, up_edf, down_efd, x_RD: jax.Array) -> list:
+    """The experts' matrices, whole in D, for these rows: arrays, or lists if experts lie apart.
+
+    Those in int8 stay so for few rows, or if they lie apart.
+    """
+    if isinstance(gate_edf, int8.Int8):
+        down_eDf = int8.Int8(_whole(down_efd.values, 1), _whole(down_efd.scale, 1))
+        into = (w._replace(values=_whole(w.values, 2)) for w in (gate_edf, up_edf))
+        matrices = [*into, down_eDf]
+        few = not isinstance(down_eDf.values, tuple) and x_RD.shape[0] <= int8.FEW
+        return matrices if few else [_matrices(w, x_RD.dtype) for w in matrices]
+    matrices = [_whole(gate_edf, 1), _whole(up_edf, 1), _whole(down_efd, 2)]
+    if isinstance(gate_edf, tuple):
+        return [[w_1Df[0] for w_1Df in of_all] for of_all in matrices]
+    return matrices
 
 
 def _matrices(w: int8.Int8, dtype: jnp.dtype) -> jax.Array | list[int8.Int8]:

@@ -15,14 +15,14 @@ NONE = -1
 def one_device(ids_1TC):
     """What is sent, received (device 1's assignments plus 10) and where token 0's rows are."""
     ids_TC = ids_1TC[0]
-    order_A, rank_CT, chosen_E, kept_E = keep_rows(ids_TC, 4, None)
+    ranked = keep_rows(ids_TC, 4, None)
     body = exchange.make("padded", sharding.EXPERT, 2, tokens=3, experts=4, per_token=2)
-    plan = exchange.plan(body, kept_E)
-    rows = dispatch_rows(ids_TC, order_A, rank_CT, chosen_E, kept_E, plan.offsets_E, body.send_rows)
-    name_R = rows.assignment_R + 10 * jax.lax.axis_index(sharding.EXPERT)
-    sent_R = jnp.where(rows.assignment_R < 6, name_R, NONE)
-    received_RD = exchange.send(body, plan, (sent_R[:, None] - NONE).astype(jnp.float32))
-    out = (order_A, sent_R, received_RD[:, 0] + NONE, plan.group_sizes_e, rows.row_CT[:, 0])
+    plan = exchange.plan(body, ranked.kept_E)
+    rows = dispatch_rows(ids_TC, ranked, plan, body.send_rows)
+    name_S = rows.assignment_S + 10 * jax.lax.axis_index(sharding.EXPERT)
+    sent_S = jnp.where(rows.assignment_S < 6, name_S, NONE)
+    received_RD = exchange.send(body, plan, (sent_S[:, None] - NONE).astype(jnp.float32))
+    out = (ranked.order_A, sent_S, received_RD[:, 0] + NONE, plan.group_sizes_e, rows.row_CT[:, 0])
     return jax.tree.map(lambda a: a[None], out)
 
 
