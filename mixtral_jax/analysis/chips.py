@@ -49,6 +49,14 @@ class Chip:
         """Of one link in one direction."""
         return self.interconnect_bytes_per_second / (4 * self.torus_axes)
 
+    def links(self, chips: int, length: int) -> int:
+        """Of one chip along a torus axis of this length, to so many chips of a group.
+
+        Two along an axis that the group fills and that is a ring; along a line, where all that
+        reaches the chip at its end comes over one link, one.
+        """
+        return 2 if chips == length > 2 and length % self.wraps_at == 0 else 1
+
 
 GIB = 2**30
 CHIPS = {

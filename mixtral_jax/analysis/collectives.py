@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mixtral_jax.analysis import torus
 from mixtral_jax.analysis.topology import Slice, slices_of
 
 KINDS = (
@@ -60,14 +61,12 @@ class Collective(NamedTuple):
         devices = [mesh_devices[place] for place in self.group]
         if slices_of(devices) > 1:
             return self.sent_bytes / target.chip.network_bytes_per_second
-        axes, link = target.links(devices), target.chip.link_bytes_per_second
-        if not axes:
-            return 0.0
+        links, chip = target.links(devices), target.chip
         if self.kind.endswith("all-to-all"):
-            return self.buffer_bytes * max(chips / (4 * links) for chips, links in axes) / link
+            return torus.all_to_all_seconds(self.buffer_bytes, links, chip)
         if self.kind.startswith("collective"):
-            return self.sent_bytes / link
-        return self.sent_bytes / (link * sum(links for _, links in axes))
+            return self.sent_bytes / chip.link_bytes_per_second if links else 0.0
+        return torus.sent_seconds(self.sent_bytes, links, chip)
 
 
 def read_collectives(text: str, devices: int) -> list[Collective]:

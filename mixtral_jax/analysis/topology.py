@@ -53,13 +53,11 @@ class Slice:
     def links(self, devices: Sequence[jax.Device]) -> list[tuple[int, int]]:
         """For each torus axis along which a group of devices extends, (chips, links a chip has).
 
-        A chip has two links along an axis that the group fills and that is a ring; along a line,
-        where all that reaches the chip at its end comes over one link, one. Of a group in several
-        slices, those within a slice.
+        Of a group in several slices, those within a slice.
         """
         extents = [len(set(places)) for places in zip(*(d.coords for d in devices))]
         return [
-            (chips, 2 if chips == length > 2 and length % self.chip.wraps_at == 0 else 1)
+            (chips, self.chip.links(chips, length))
             for chips, length in zip(extents, self.shape)
             if chips > 1
         ]

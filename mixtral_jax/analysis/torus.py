@@ -1,6 +1,6 @@
 """How the axes of a mesh lie on the torus of a slice, and what its links carry: arithmetic alone.
 
-The rates and rules are those of collectives.py, which reads them off a compiled program.
+The model is that of collectives.py, which reads off a compiled program what is sent.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ def lay_out(target: SliceName, sizes: Sequence[int]) -> list[Links]:
             taken = _parts(free, size)
         links = []
         for axis, chips in taken:
-            whole = chips == target.shape[axis]
-            ring = whole and chips > 2 and chips % target.chip.wraps_at == 0
-            links.append((chips, 2 if ring else 1))
+            links.append((chips, target.chip.links(chips, target.shape[axis])))
             free[axis] //= chips
         found.append(links)
     return found[::-1]
@@ -73,12 +71,16 @@ def _parts(free: list[int], size: int) -> list[tuple[int, int]]:
     return taken
 
 
-def gather_seconds(whole_bytes: float, devices: int, links: Links, chip: Chip) -> float:
-    """To gather an array on each device of a group, or to sum and scatter it."""
+def sent_seconds(sent_bytes: float, links: Links, chip: Chip) -> float:
+    """For each device of a group to send so much, over all its links in the group at once."""
     if not links:
         return 0.0
-    sent = whole_bytes * (devices - 1) / devices
-    return sent / (chip.link_bytes_per_second * sum(n for _, n in links))
+    return sent_bytes / (chip.link_bytes_per_second * sum(n for _, n in links))
+
+
+def gather_seconds(whole_bytes: float, devices: int, links: Links, chip: Chip) -> float:
+    """To gather an array on each device of a group, or to sum and scatter it."""
+    return sent_seconds(whole_bytes * (devices - 1) / devices, links, chip)
 
 
 def staged_gather_seconds(whole_bytes: float, devices: int, links: Links, chip: Chip) -> float:
