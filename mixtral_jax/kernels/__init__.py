@@ -1,10 +1,46 @@
-"""Arrays in, arrays out: no modules, no config. Each kernel picks its platform's best body."""
+"""Arrays in, arrays out: no modules, no config. Each kernel picks its platform's best body.
+
+What the layers call, and the bodies:
+  experts           SwiGLU of rows sorted by expert, by grouped products, or swiglu_blocks (CPU)
+  grouped_matmul    those products: megablox (TPU), hopper (H100, H200), tokamax (other GPUs),
+                    ragged_dot, blocks (CPU); differentiable makes the gradients of the first two
+  attention         of whole sequences: splash (TPU), cudnn (NVIDIA GPU), chunks (CPU), xla
+  cached_attention  to a cache of keys and values, and writing to it
+  exchange          rows to their experts' devices: local, padded, ragged
+  gather, rows      a matrix whole again over a mesh axis; rows moved within a device
+
+Decoding of a few tokens on GPU, by Triton:
+  few_rows          a few rows times matrices, and what all of these share
+  few_queries       one query of each sequence to its cache
+  few_heads         from the parts of q, k and v to that attention: rotates, and writes the cache
+  few_norms         adds to the residual stream, normalises, and before the experts routes
+  few_tokens        the experts
+
+Inference with weights that are not plain arrays of floats:
+  int8              matrices in int8 and their products
+  apart, bits       on CPU: the experts where each one's matrices are arrays of their own; products
+                    with bfloat16 as it lies in memory, as its bits
+"""
 
 import jax
 import jax.numpy as jnp
 
 NARROW = (jnp.bfloat16, jnp.float16)
 """What the matrix units of GPUs multiply at full speed."""
+MASKED = -1e30
+"""The score of a key that a query may not see: finite, so that all else is where it sees none."""
+
+
+def ceil(size: int, part: int) -> int:
+    """Parts that hold it all."""
+    return -(-size // part)
+
+
+def block_of(size: int, most: int) -> int:
+    """The largest of most, most / 2, ... that divides a size."""
+    while size % most:
+        most //= 2
+    return most
 
 
 def platform() -> str:

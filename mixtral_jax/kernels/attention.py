@@ -12,7 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mixtral_jax.kernels import check_body, chunks, cudnn, platform, splash
+from mixtral_jax.kernels import MASKED, check_body, chunks, cudnn, platform, splash
 
 PLATFORMS = {
     "xla": ("cpu", "gpu", "tpu"),
@@ -20,7 +20,6 @@ PLATFORMS = {
     "cudnn": ("gpu",),
     "chunks": ("cpu", "gpu", "tpu"),
 }
-MASKED = -1e30  # finite, so that a query that may see nothing still has a finite gradient
 
 
 def attention(
@@ -106,18 +105,11 @@ def self_attention(
         return cudnn.attention(q_BLKGH, k_BLKH, v_BLKH, segments_BL)
     if implementation == "chunks":
         return chunks.attention(q_BLKGH, k_BLKH, v_BLKH, segments_BL)
-    allowed_BLS = causal_mask(positions_BL, positions_BL, segments_BL, segments_BL)
+    allowed_BLS = causal_mask(positions_BL, segments_BL)
     return attention(q_BLKGH, k_BLKH, v_BLKH, allowed_BLS)
 
 
-def causal_mask(
-    query_positions_BL: jax.Array,
-    key_positions_BS: jax.Array,
-    query_segments_BL: jax.Array | None = None,
-    key_segments_BS: jax.Array | None = None,
-) -> jax.Array:
-    """allowed_BLS: keys at or before the query's position, in its segment if segments are given."""
-    allowed_BLS = query_positions_BL[:, :, None] >= key_positions_BS[:, None, :]
-    if query_segments_BL is None:
-        return allowed_BLS
-    return allowed_BLS & (query_segments_BL[:, :, None] == key_segments_BS[:, None, :])
+def causal_mask(positions_BL: jax.Array, segments_BL: jax.Array) -> jax.Array:
+    """allowed_BLS of sequences to themselves: keys at or before the query, in its segment."""
+    before_BLS = positions_BL[:, :, None] >= positions_BL[:, None, :]
+    return before_BLS & (segments_BL[:, :, None] == segments_BL[:, None, :])

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mixtral_jax.kernels import NARROW, vary_like
-from mixtral_jax.kernels.int8 import blocks_of, ceil, widened_if_few
+from mixtral_jax.kernels import NARROW, ceil, vary_like
+from mixtral_jax.kernels.int8 import blocks_of, widened_if_few
 
 BITS = jnp.dtype(jnp.uint16)
 """A matrix of this type is one of bfloat16, as its bits."""

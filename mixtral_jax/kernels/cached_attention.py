@@ -16,14 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mixtral_jax.kernels import few_queries, platform
+from mixtral_jax.kernels import MASKED, few_queries, platform
 
 BLOCK = 512
 """Places of a cache that are read at a time; one that is no longer is read whole."""
 FEW = 8
 """Queries of a kv head up to which XLA:CPU is faster with one at a time: it copies keys into an
 order of its own for the product of a few rows, not for a vector."""
-MASKED = -1e30  # finite: a block in which a query may see nothing
 
 
 _in_blocks = True

@@ -14,14 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from mixtral_jax.kernels import few_rows
+from mixtral_jax.kernels import MASKED, ceil, few_rows
 from mixtral_jax.kernels.few_rows import Tiles, call, dot, padded, parts_of, triton, whole
 
 TILES = Tiles(64, 0, programs=256, stages=3)
 """Places of a cache in a block; and programs, for all heads of all sequences, if that needs no part
 shorter than a block."""
 MOST_PARTS = 32
-MASKED = -1e30  # finite: a part in which a query may see nothing
 
 
 def fits(q_BLKGH: jax.Array, k_BKSH: jax.Array) -> bool:
@@ -87,7 +86,7 @@ def over_blocks(first, last, block, init: Sums) -> Sums:
 def split(batch: int, heads: int, slots: int, tiles: Tiles) -> tuple[int, int]:
     """(parts of a cache, blocks in each but perhaps the last)."""
     wanted = min(tiles.programs // (batch * heads), MOST_PARTS)
-    return parts_of(-(-slots // tiles.depth), wanted)
+    return parts_of(ceil(slots, tiles.depth), wanted)
 
 
 def outputs(parts: int, batch: int, heads: int, groups: int, head: int):

@@ -20,7 +20,7 @@ try:
 except ImportError:  # JAX has announced that it will go
     triton = None
 
-from mixtral_jax.kernels import NARROW, platform
+from mixtral_jax.kernels import NARROW, block_of, ceil, platform
 
 MOST = 32
 """Rows at most."""
@@ -100,13 +100,6 @@ def call(kernel, name: str, tiles: Tiles, grid, in_specs, out_specs, out_shape, 
     )
 
 
-def block_of(size: int, most: int) -> int:
-    """The largest of most, most / 2, ... that divides a size."""
-    while size % most:
-        most //= 2
-    return most
-
-
 def padded(rows: int) -> int:
     """Rows of a block that holds so many."""
     return max(LEAST, pl.next_power_of_2(rows))
@@ -119,8 +112,8 @@ def whole(*shape: int) -> pl.BlockSpec:
 
 def parts_of(blocks: int, wanted: int) -> tuple[int, int]:
     """(parts, blocks in each but perhaps the last) of about as many parts as are wanted."""
-    per_part = -(-blocks // min(max(wanted, 1), blocks))
-    return -(-blocks // per_part), per_part
+    per_part = ceil(blocks, min(max(wanted, 1), blocks))
+    return ceil(blocks, per_part), per_part
 
 
 def dot(a: jax.Array, b: jax.Array, b_axis: int = 0) -> jax.Array:
@@ -135,7 +128,7 @@ def _parts(x_RD, matrices_DF, tiles: Tiles):
     columns = [block_of(w_DF.shape[1], tiles.columns) for w_DF in matrices_DF]
     strips = [w_DF.shape[1] // size for w_DF, size in zip(matrices_DF, columns)]
     firsts = [sum(strips[:number]) for number in range(len(strips))]
-    num_parts, per_part = parts_of(blocks, -(-tiles.programs // sum(strips)))
+    num_parts, per_part = parts_of(blocks, ceil(tiles.programs, sum(strips)))
 
     def kernel(x_ref, *refs):
         in_use_R1 = (jnp.arange(rows) < num_rows)[:, None]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mixtral_jax.kernels import platform, vary_like
+from mixtral_jax.kernels import ceil, platform, vary_like
 
 LARGEST = 127
 STEP = np.float32(1 / LARGEST)
@@ -152,8 +152,3 @@ def blocks_of(values: int, most: int) -> int:
     """In how many blocks to convert a matrix of so many values: at least two, or XLA:CPU, which
     runs no loop then, would write all of it to memory."""
     return max(2, ceil(values, most), min(4, ceil(values, LEAST)))
-
-
-def ceil(size: int, part: int) -> int:
-    """Parts that hold it all."""
-    return -(-size // part)

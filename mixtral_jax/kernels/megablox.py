@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
-from mixtral_jax.kernels import device_kind
+from mixtral_jax.kernels import block_of, device_kind
 from mixtral_jax.kernels.differentiable import differentiable
 
 LANES = 128  # every tile is a multiple of it
@@ -20,13 +20,6 @@ def fits(width: int, hidden: int) -> bool:
     return width % LANES == hidden % LANES == 0
 
 
-def _tile(size: int, most: int) -> int:
-    """The largest of most, most / 2, ... 128 that divides a multiple of 128."""
-    while size % most:
-        most //= 2
-    return most
-
-
 def _tiles(rows: int, width: int, hidden: int, experts: int) -> tuple[int, int, int]:
     """The tile for rows [rows, width] and matrices [width, hidden].
 
@@ -35,7 +28,7 @@ def _tiles(rows: int, width: int, hidden: int, experts: int) -> tuple[int, int, 
     height, *most = TILES_OF.get(device_kind(), TILES)
     while height > LANES and height * 2 * experts > rows:
         height //= 2
-    return _tile(rows, height), _tile(width, most[0]), _tile(hidden, most[1])
+    return block_of(rows, height), block_of(width, most[0]), block_of(hidden, most[1])
 
 
 def rows_times_matrix(x_RD, w, group_sizes_E, transposed: bool):

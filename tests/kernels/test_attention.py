@@ -45,7 +45,7 @@ POSITIONS = np.array([[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 4, 0, 1]])
 
 
 def test_values_and_gradients_of_packed_documents():
-    allowed_BLS = causal_mask(POSITIONS, POSITIONS, SEGMENTS, SEGMENTS)
+    allowed_BLS = causal_mask(POSITIONS, SEGMENTS)
     np.testing.assert_array_equal(allowed_BLS, oracle.may_see(SEGMENTS))
     compare(operands(queries=S), allowed_BLS)
 
@@ -58,14 +58,6 @@ def test_documents_do_not_see_each_other():
     after = run(q, k, v, g, allowed_BLS)[0]
     same = np.asarray((before == after).all(axis=(2, 3, 4)))
     np.testing.assert_array_equal(same, [[1, 1, 0, 0, 0, 1, 1], [1] * 7])
-
-
-def test_without_segments_the_mask_goes_by_position():
-    queries, keys = np.array([[3, 4], [0, 9]]), np.array([[0, 1, 2, 3, 4]])
-    allowed = causal_mask(queries, keys)
-    np.testing.assert_array_equal(
-        allowed, [[[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], [[1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]]
-    )
 
 
 def test_a_query_that_sees_nothing_stays_finite():
