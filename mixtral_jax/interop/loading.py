@@ -7,6 +7,14 @@ and layers lie stacked. A host holds a few tensors at a time, whatever the model
 A CPU's devices have the host's own memory, where the share is written in blocks and then belongs to
 the device without a copy. To other devices the slice goes as it lies in the file, and is transposed
 there.
+
+One tensor, worked: layers.3.attention.wq.weight of 8x7B in Mistral's form, on fsdp=2 and tensor=2.
+Its piece is layer 3 of the parameter wq_DKGH; its entry gives the tensor [4096, 4096] the layout
+`KGhp D`. The first device's share has L 0:32, D 0:2048, K 0:4, and G and H whole: a buffer of shape
+[32, 2048, 4, 4, 128], where the piece's place is (3,). The tensor is viewed as [K, G, h, p, D] and
+cut to those K and D; the pairs p, which RoPE turns together in this form, are brought apart. What
+is left, [4, 4, 128, 2048] with the letters KGHD, is transposed by the axes (3, 0, 1, 2) to the
+piece's own DKGH, and written to the buffer's [3].
 """
 
 from __future__ import annotations

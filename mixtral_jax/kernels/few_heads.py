@@ -3,6 +3,16 @@
 A kernel like few_queries', which makes its queries, keys and values itself: it adds up the parts of
 the products, rotates, and writes keys and values to their places. Programs read what lies before a
 query from the cache; its own key and value the first of them has.
+
+The grid is heads K, parts of a cache, batch; of one head and row, whose query has place n:
+
+    cache        0 ........ | ........ n | .........
+    program      part 0     | part 1     | part 2
+    reads        its blocks | up to n-1  | nothing
+    has beside   k, v of n, which it writes to place n
+
+Operands, tuples apart: 0 positions, 1 real, 2-4 parts of q, k and v, 5-6 cos and sin, 7-8 caches.
+Results: 0-2 the sums of each part, for few_queries.together, 3-4 the caches, in place of 7 and 8.
 """
 
 from __future__ import annotations
@@ -91,7 +101,7 @@ def _parts(parts, turn, caches, positions_B, real_B, tiles: Tiles):
         (*[whole(batch)] * 2, (of_group, of_head, of_head), (angle, angle), (cached, cached)),
         (specs, (cached, cached)),
         (shapes, (like_cache, like_cache)),
-        aliases={7: 3, 8: 4},  # the caches, counted as if no argument or result were a tuple
+        aliases={7: 3, 8: 4},
     )(positions_B, real_B, (q_PBKGH, k_PBKH, v_PBKH), turn, caches)
 
 
