@@ -237,7 +237,8 @@ class Engine:
                 else:
                     waiting.extend(self._tasks(number, request))
                 number += 1
-            fresh, turns = self._scheduler.fresh, self._scheduler.turns(waiting)
+            fresh = self._scheduler.fresh  # turns() ends it
+            turns = self._scheduler.turns(waiting)
             if turns:
                 ahead.append(turns)
             if len(ahead) > 1 or (ahead and (fresh or not turns)):

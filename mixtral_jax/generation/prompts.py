@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from mixtral_jax.command_line import one_line
 from mixtral_jax.config import InputError
 from mixtral_jax.data.conversation import read_conversation
-from mixtral_jax.generation.request import Options, is_unicode, refuse_unknown
-from mixtral_jax.interop.strict_json import parse_object, quote
+from mixtral_jax.generation.request import Options, refuse_unknown
+from mixtral_jax.interop.strict_json import is_unicode, parse_object, quote
 
 STANDARD_INPUT = "-"
 KEYS = ["prompt", "messages", "id", *(f.name for f in dataclasses.fields(Options))]

@@ -11,7 +11,7 @@ from typing import Any
 
 from mixtral_jax import config_io
 from mixtral_jax.config import InputError, MeshConfig
-from mixtral_jax.interop.strict_json import quote
+from mixtral_jax.interop.strict_json import is_unicode, quote
 
 SEEDS = 2**32
 LARGEST = 2**31 - 1
@@ -182,15 +182,6 @@ def _check_stop_ids(tokens: object) -> None:
     _check_tuple("stop_token_ids", tokens, MOST_STOPS, "token ids")
     for token in tokens:
         _check_token("stop_token_ids", token)
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be encoded: it holds no half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _biases(given: object) -> tuple[tuple[int, Any], ...]:

@@ -10,7 +10,7 @@ import numpy as np
 from mixtral_jax.generation.answering import Task
 from mixtral_jax.model.cache import ROUND
 
-LEAST_PART = 16
+LEAST_PART = ROUND
 MOST_LANES = 8
 """Prompts that a device runs parts of at a time."""
 COPY = 32

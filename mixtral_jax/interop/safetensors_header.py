@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from mixtral_jax.config import InputError
-from mixtral_jax.interop.strict_json import parse_object, quote
+from mixtral_jax.interop.strict_json import is_unicode, parse_object, quote
 
 LONGEST_HEADER = 100_000_000
 """Bytes; the format's own limit."""
@@ -78,16 +78,11 @@ def parse_header(
     return tensors, metadata
 
 
-def _is_unicode(text: str) -> bool:
-    """Half a pair of surrogates, which JSON's escapes can spell, could never be written again."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
 def _metadata(values: object, name: str) -> dict[str, str]:
     if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
         raise InputError(f"{name}: __metadata__ must be an object whose values are text")
     for text in itertools.chain.from_iterable(values.items()):
-        if not _is_unicode(text):
+        if not is_unicode(text):
             raise InputError(f"{name}: {quote(text)} in __metadata__ is not valid Unicode")
     return values
 
@@ -103,7 +98,7 @@ def _sizes(values: object) -> tuple[int, ...] | None:
 def _tensor(key: str, entry: object, data: int, name: str) -> TensorInfo:
     """Check what the header says of one tensor by itself; `data` is where the tensors begin."""
     where = f"{name}: tensor {quote(key)}"
-    if not _is_unicode(key):
+    if not is_unicode(key):
         raise InputError(f"{where}: the name is not valid Unicode")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         keys = ", ".join(map(quote, list(entry)[:5])) if isinstance(entry, dict) else quote(entry)

@@ -24,6 +24,15 @@ def quote(value: object) -> str:
     return text if len(text) <= LONGEST_QUOTE else text[: LONGEST_QUOTE - 3] + "..."
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: it holds no half of a surrogate pair, which JSON can spell."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 _POINTER = b"version https://git-lfs"
 
 
