@@ -53,6 +53,11 @@ def shapes(tree, mesh):
     return jax.tree.map(shape, tree, shardings(tree, mesh))
 
 
+def addresses(array: jax.Array) -> set[int]:
+    """Of its parts, in memory: those of an array that shares its memory are the same."""
+    return {shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards}
+
+
 def plain(tree):
     """Every array in NumPy, every nnx state as a nested dictionary."""
     is_state = lambda leaf: isinstance(leaf, nnx.State)  # noqa: E731

@@ -9,7 +9,7 @@ import oracle
 import pytest
 from emulation import tpu_kernels_on_cpu
 from flax import nnx
-from harness import describe, parameter_bytes, place, random_parameters
+from harness import addresses, describe, parameter_bytes, place, random_parameters
 from tiny import MODEL, make_batch
 
 from mixtral_jax import sharding
@@ -221,10 +221,6 @@ def test_layers_in_a_list_are_refused():
     model = unstacked(model_on(sharding.make_mesh()))
     with pytest.raises(ValueError, match="call quantized first, then unstacked"):
         quantized(model)
-
-
-def addresses(array: jax.Array) -> set[int]:
-    return {shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards}
 
 
 def test_unstacked_shares_the_memory():

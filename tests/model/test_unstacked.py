@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
-from harness import describe, place, random_parameters
+from harness import addresses, describe, place, random_parameters
 from tiny import MODEL, make_batch
 
 from mixtral_jax import sharding
@@ -42,10 +42,6 @@ def test_it_computes_the_same(sizes):
     for found in outs[1:]:
         for whole, apart in zip(*((o.logits_BLV, *o.statistics) for o in (outs[0], found))):
             oracle.close(apart, whole, rel=2e-6)
-
-
-def addresses(array: jax.Array) -> set[int]:
-    return {shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards}
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 2, 2, 2)], ids=describe)
