@@ -115,13 +115,13 @@ def reading() -> tuple[Callable[[], Any], int]:
     return lambda: total(array), size
 
 
-def read_rate(turns: int = 5) -> float:
+def read_rate() -> float:
     """Bytes/s of `reading`."""
     read, size = reading()
-    return size / take_turns({"": read}, turns)[""]
+    return size / take_turns({"": read}, 5)[""]
 
 
-def product_rate(dtype: str, turns: int = 5) -> float:
+def product_rate(dtype: str) -> float:
     """FLOP/s of one large dense product on one device."""
     import jax
     import jax.numpy as jnp
@@ -129,7 +129,7 @@ def product_rate(dtype: str, turns: int = 5) -> float:
     size = PRODUCT_SIZE.get(jax.default_backend(), PRODUCT_SIZE["cpu"])
     x = jax.random.normal(jax.random.key(0), (size, size), dtype)  # of ones a GPU makes more
     product = jax.jit(jnp.matmul)
-    return 2 * size**3 / take_turns({"": lambda: product(x, x)}, turns)[""]
+    return 2 * size**3 / take_turns({"": lambda: product(x, x)}, 5)[""]
 
 
 # ---- lines -------------------------------------------------------------------------------------

@@ -163,12 +163,11 @@ def section_from_dict(name: str, values: object) -> typing.Any:
     return _build(typing.get_type_hints(Config)[name], values, name)
 
 
-def to_dict(config: typing.Any) -> dict:
+def to_dict(config: Config) -> dict:
     """The nested dictionary that from_dict turns back into an equal Config."""
     plain = dataclasses.asdict(config)
-    if isinstance(config, Config):
-        for key in ("train", "validation"):
-            plain["data"][key] = [dict(source) for source in plain["data"][key]]
+    for key in ("train", "validation"):
+        plain["data"][key] = list(plain["data"][key])
     return plain
 
 

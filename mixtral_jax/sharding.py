@@ -216,11 +216,6 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """The sharding of an array whose first dimension is the batch."""
-    return on(mesh, "batch")
-
-
 # ---- start-up ----------------------------------------------------------------------------------
 
 

@@ -89,7 +89,7 @@ def compute(model, mesh, batch):
     """A Computed of a model on a mesh that the batch's rows split over."""
     graphdef, state = nnx.split(model)
     with jax.set_mesh(mesh):
-        placed = jax.device_put(tuple(batch), sharding.batch_sharding(mesh))
+        placed = jax.device_put(tuple(batch), sharding.on(mesh, "batch"))
         return jax.tree.map(np.asarray, _compute(graphdef, state, placed))
 
 

@@ -127,7 +127,7 @@ def test_whole_and_split_by_batch():
     mesh = sharding.make_mesh(2, 1, 4, 1)
     x = np.zeros((8, 3))
     assert jax.device_put(x, sharding.replicated(mesh)).sharding.is_fully_replicated
-    split = jax.device_put(x, sharding.batch_sharding(mesh))
+    split = jax.device_put(x, sharding.on(mesh, "batch"))
     assert split.addressable_shards[0].data.shape == (1, 3)
 
 

@@ -120,7 +120,7 @@ def abstract_inputs(
         shards = sharding.batch_shards()
 
     def array(dtype, *shape):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.on(mesh, "batch"))
 
     whole, real = (array(dtype, sequences) for dtype in (jnp.int32, jnp.float32))
     parameters = Parameters(real, whole, *[real] * 5)

@@ -49,7 +49,7 @@ class Programs:
         """Run a program; `shape` tells its shapes apart."""
         return self._future(name, arguments, shape, options).result()(*arguments)
 
-    def begin(self, name: str, *arguments, shape: tuple[int, ...] = (), **options) -> None:
+    def begin(self, name: str, *arguments) -> None:
         """Compile a program in a thread of its own, while another one compiles here."""
         shapes = jax.tree.map(jax.typeof, arguments)
         arguments = jax.tree.map(
@@ -57,7 +57,7 @@ class Programs:
             arguments,
             shapes,
         )
-        call = partial(self._future, name, arguments, shape, options)
+        call = partial(self._future, name, arguments, (), {})
         threading.Thread(target=call, daemon=True).start()
 
     def __len__(self) -> int:

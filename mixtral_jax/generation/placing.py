@@ -37,7 +37,7 @@ class Placing:
         return row // self._each
 
     def split(self, *arrays: np.ndarray):
-        return jax.device_put(arrays, sharding.batch_sharding(self.mesh))
+        return jax.device_put(arrays, sharding.on(self.mesh, "batch"))
 
     def lanes(self, shape: tuple[int, int], parts: dict[int, Part]) -> Lanes:
         """Parts of prompts by lane.

@@ -134,15 +134,12 @@ class SafetensorsFile:
 
     def release(self, name: str) -> None:
         """Give a tensor's memory back; a view of it stays good and is read again if used."""
-        self._advise(name, mmap.MADV_DONTNEED)
-
-    def _advise(self, name: str, advice: int) -> None:
         info = self.tensors[name]
         if info.start < info.stop:
             # Outwards to whole pages: a neighbour that shares one is read again, never lost.
             start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
             with contextlib.suppress(OSError):  # advice that a file system may not take
-                self._mapped().madvise(advice, start, info.stop - start)
+                self._mapped().madvise(mmap.MADV_DONTNEED, start, info.stop - start)
 
     def _mapped(self) -> mmap.mmap:
         if self._file.closed:

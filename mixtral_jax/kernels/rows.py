@@ -82,6 +82,6 @@ def weighted_sum(weights_TC: jax.Array, parts_CTD: jax.Array) -> jax.Array:
     return _added(weights_CT1 * parts_CTD.astype(jnp.float32)).astype(dtype)
 
 
-def starts(sizes, axis: int = -1):
-    """Where each run begins when runs lie one after another."""
-    return jnp.cumsum(sizes, axis=axis) - sizes
+def starts(sizes):
+    """Where each run begins when runs lie one after another, along the last axis."""
+    return jnp.cumsum(sizes, axis=-1) - sizes

@@ -34,8 +34,3 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
     heads = config.num_attention_heads * config.head_size
     attention = 6 * config.num_hidden_layers * heads * sequence_length
     return 6.0 * (config.num_active_parameters - norms - embedding) + attention
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak dense bf16 FLOP/s of a device, None where it is not known."""
-    return PEAK_FLOPS.get(device_kind)

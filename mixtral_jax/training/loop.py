@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
 from flax import nnx
@@ -155,7 +154,8 @@ class Run:
                 self._profile(step)
                 batch = self._next_batch(step)
                 self.state, metrics = train_step(self.state, batch)
-                metrics = self._check(step, jax.device_get(metrics))
+                metrics = jax.device_get(metrics)
+                self._check(step, int(metrics.skipped_in_a_row))
                 dropped += metrics.statistics.dropped.sum()
                 if step == self.first + 1:
                     self._start_up.end("the step")
@@ -200,18 +200,16 @@ class Run:
             compiled = step.lower(abstract, self.placement.abstract()).compile()
         return compiled, time.perf_counter() - began
 
-    def _check(self, step: int, metrics: Any) -> Any:
+    def _check(self, step: int, row: int) -> None:
         """Stop the run if too many steps in a row were skipped."""
-        row, most = int(metrics.skipped_in_a_row), self.config.training.max_skipped_steps
         if row and (row == 1 or row % 10 == 0):
             self.reporter.say(f"step {step}: loss or gradient not finite; {row} in a row skipped")
-        if row >= most:
+        if row >= self.config.training.max_skipped_steps:
             raise TrainingError(
                 f"loss or gradient was not finite in {row} steps in a row, the last of them step "
                 f"{step}: lower training.learning_rate, or go on from a checkpoint in "
                 f"{self.checkpoints.folder}"
             )
-        return metrics
 
     def _profile(self, step: int) -> None:
         steps = self.config.training.profile_range
@@ -283,7 +281,7 @@ class Run:
                 model = self.last_validation["validation_bits_per_byte"]
                 lines = report.summary_lines(model, compressors, len(text))
         balanced = float(self.config.model.num_experts_per_tok)
-        path = report.draw_report(self.folder, balanced, compressors, title=self.folder.name)
+        path = report.draw_report(self.folder, balanced, compressors)
         if malformed.count:
             lines.append(f"skipped {malformed}")
         self.reporter.close()

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mixtral_jax.command_line import one_line
 from mixtral_jax.config import Config
-from mixtral_jax.model.flops import peak_flops, training_flops_per_token
+from mixtral_jax.model.flops import PEAK_FLOPS, training_flops_per_token
 from mixtral_jax.training.step import StepMetrics
 
 
@@ -51,7 +51,7 @@ def training_record(
         "expert_load_max_over_mean": (share.max(axis=-1) * share.shape[-1]).round(4).tolist(),
         "expert_share": share.round(5).tolist(),
     }
-    peak = peak_flops(jax.devices()[0].device_kind)
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
     if peak:
         flops = training_flops_per_token(config.model, config.training.sequence_length)
         rate = record["tokens_per_second"] / config.mesh.size

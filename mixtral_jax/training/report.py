@@ -138,7 +138,6 @@ def draw_report(
     run_dir: str | os.PathLike[str],
     balanced_value: float,
     compressors: Mapping[str, float] | None = None,
-    title: str | None = None,
 ) -> pathlib.Path:
     """Draw report.png (1600 x 1100 pixels) from a run folder's metrics.jsonl.
 
@@ -146,7 +145,6 @@ def draw_report(
       run_dir: the run folder; the picture is written there.
       balanced_value: the load-balancing loss of a balanced router, which is k.
       compressors: bits per byte of file compressors on the validation bytes, drawn as lines.
-      title: what stands above; empty for the name of the folder.
     Returns:
       the path of the picture, which appears whole or not at all.
     Raises:
@@ -167,7 +165,7 @@ def draw_report(
         FigureCanvasAgg(figure)
         _draw(figure, training, validation, balanced_value, dict(compressors or {}))
         figure.suptitle(
-            _headline(title or run_dir.resolve().name, training, validation),
+            _headline(run_dir.resolve().name, training, validation),
             fontsize=19,
             fontweight="bold",
         )

@@ -121,10 +121,10 @@ def _gradients(config: Config, graphdef, params, batch_MBL: Batch):
         (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), aux
 
+    first = jax.tree.map(lambda x: x[0], batch_MBL)
     if config.training.gradient_accumulation == 1:
-        grads, aux = one(params, jax.tree.map(lambda x: x[0], batch_MBL))
+        grads, aux = one(params, first)
     else:
-        first = jax.tree.map(lambda x: x[0], batch_MBL)
         shapes = jax.eval_shape(one, params, first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes)
         add = partial(jax.tree.map, jnp.add)

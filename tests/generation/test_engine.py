@@ -67,7 +67,7 @@ def full_forward():
     def forward(tokens, lengths):
         segments = (np.arange(CONTEXT) < lengths[:, None]).astype(np.int32)
         with jax.set_mesh(mesh):
-            placed = jax.device_put((tokens, segments), sharding.batch_sharding(mesh))
+            placed = jax.device_put((tokens, segments), sharding.on(mesh, "batch"))
             return np.asarray(run(params, placed[0], None, placed[1]))
 
     return forward

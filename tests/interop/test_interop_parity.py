@@ -200,7 +200,7 @@ def our_gradients(model, mesh, batch):
     targets = np.roll(batch.tokens_BL, -1, axis=1)
     has_target = batch.real & np.roll(batch.real, -1, axis=1)
     has_target[:, -1] = False
-    inputs = jax.device_put((tuple(batch), targets, has_target), sharding.batch_sharding(mesh))
+    inputs = jax.device_put((tuple(batch), targets, has_target), sharding.on(mesh, "batch"))
     with jax.set_mesh(mesh):
         call = jax.jit(jax.grad(functools.partial(our_loss, graphdef), has_aux=True))
         gradients, parts = call(params, *inputs)
