@@ -1,18 +1,12 @@
 """Which request is in which row of the cache, and what the devices do next.
 
-Work is ordered before the host has read what came of that before it, and noted as it is ordered.
-A task
-- waits, perhaps for what it shares with a prompt that is being run, until `_admit` gives it a row
-  and a place among the lanes of that row's device;
-- has its prompt run in parts: its `done` grows, and with it the row's `written`, though the device
-  may not have run them yet;
-- decodes, from the last part on, which makes its first token: `asked` counts the tokens that were
-  ordered, `tokens` holds those that were read (`pushed`), a turn or more later;
-- leaves its row when its last token is ordered, or when one that ends it is read. What was ordered
-  of it meanwhile is passed over.
-
-A row's `task` is the one that occupies it, None if it is free; its `asks` is the one whose options
-the devices' arrays have for that row, which stays until another task is admitted.
+Work is ordered before the host has read what came of that before it, and noted as it is ordered. A
+task waits until `_admit` gives it a row and a place among the lanes of that row's device. Parts of
+its prompt make `done` grow, and the row's `written`, though no device may have run them yet. The
+last part makes its first token: from then on it decodes. `asked` counts tokens that were ordered,
+`tokens` holds those that were read (`pushed`), a turn or more later. It leaves the row when its
+last token is ordered, or one that ends it is read. A row's `task` occupies it; its `asks` is the
+one whose options the devices' arrays have for that row, until another is admitted.
 """
 
 from __future__ import annotations

@@ -1,25 +1,16 @@
 """Arrays in, arrays out: no modules, no config. Each kernel picks its platform's best body.
 
-What the layers call, and the bodies:
-  experts           SwiGLU of rows sorted by expert, by grouped products, or swiglu_blocks (CPU)
-  grouped_matmul    those products: megablox (TPU), hopper (H100, H200), tokamax (other GPUs),
-                    ragged_dot, blocks (CPU); differentiable makes the gradients of the first two
-  attention         of whole sequences: splash (TPU), cudnn (NVIDIA GPU), chunks (CPU), xla
-  cached_attention  to a cache of keys and values, and writing to it
-  exchange          rows to their experts' devices: local, padded, ragged
-  gather, rows      a matrix whole again over a mesh axis; rows moved within a device
-
-Decoding of a few tokens on GPU, by Triton:
-  few_rows          a few rows times matrices, and what all of these share
-  few_queries       one query of each sequence to its cache
-  few_heads         from the parts of q, k and v to that attention: rotates, and writes the cache
-  few_norms         adds to the residual stream, normalises, and before the experts routes
-  few_tokens        the experts
-
-Inference with weights that are not plain arrays of floats:
-  int8              matrices in int8 and their products
-  apart, bits       on CPU: the experts where each one's matrices are arrays of their own; products
-                    with bfloat16 as it lies in memory, as its bits
+experts           SwiGLU of rows sorted by expert; on CPU by swiglu_blocks
+grouped_matmul    its products: megablox (TPU), hopper (H100), tokamax, ragged_dot, blocks (CPU)
+differentiable    the gradients of megablox and hopper
+attention         of whole sequences: splash (TPU), cudnn (GPU), chunks (CPU), xla
+cached_attention  to a cache of keys and values, which it writes too
+exchange          rows to the devices of their experts, and back: local, padded, ragged
+gather, rows      what is split over a mesh axis made whole; rows moved within a device
+few_*             decoding on GPU, by Triton: rows (times matrices, and what all share), queries
+                  (one, to a cache), heads (from products to attention), norms (add, normalise,
+                  route), tokens (the experts)
+int8, apart, bits inference: matrices in int8; on CPU each expert's apart, and bfloat16 as bits
 """
 
 import jax
@@ -29,6 +20,12 @@ NARROW = (jnp.bfloat16, jnp.float16)
 """What the matrix units of GPUs multiply at full speed."""
 MASKED = -1e30
 """The score of a key that a query may not see: finite, so that all else is where it sees none."""
+
+
+def dot(a: jax.Array, b: jax.Array, b_axis: int = 0) -> jax.Array:
+    """The product of two matrices over the last axis of a and one of b, in float32."""
+    axes = (((1,), (b_axis,)), ((), ()))
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
 
 
 def ceil(size: int, part: int) -> int:

@@ -4,12 +4,10 @@ A kernel like few_queries', which makes its queries, keys and values itself: it 
 the products, rotates, and writes keys and values to their places. Programs read what lies before a
 query from the cache; its own key and value the first of them has.
 
-The grid is heads K, parts of a cache, batch; of one head and row, whose query has place n:
+The grid is heads K, parts of a cache, batch. Of one head and row, whose query has place n:
 
-    cache        0 ........ | ........ n | .........
-    program      part 0     | part 1     | part 2
-    reads        its blocks | up to n-1  | nothing
-    has beside   k, v of n, which it writes to place n
+    part 0, reads its blocks; has and | part 1, reads | part 2,
+    writes the key and value of n     | up to n - 1   | reads nothing
 
 Operands, tuples apart: 0 positions, 1 real, 2-4 parts of q, k and v, 5-6 cos and sin, 7-8 caches.
 Results: 0-2 the sums of each part, for few_queries.together, 3-4 the caches, in place of 7 and 8.
@@ -24,9 +22,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from mixtral_jax.kernels import few_queries, few_rows
+from mixtral_jax.kernels import dot, few_queries, few_rows
 from mixtral_jax.kernels.few_queries import Sums
-from mixtral_jax.kernels.few_rows import Tiles, call, dot, padded, triton, whole
+from mixtral_jax.kernels.few_rows import Tiles, call, padded, triton, whole
 
 
 def fits(groups: int, k_BKSH: jax.Array, dtype: jnp.dtype) -> bool:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from mixtral_jax.kernels import MASKED, ceil, few_rows
-from mixtral_jax.kernels.few_rows import Tiles, call, dot, padded, parts_of, triton, whole
+from mixtral_jax.kernels import MASKED, ceil, dot, few_rows
+from mixtral_jax.kernels.few_rows import Tiles, call, padded, parts_of, triton, whole
 
 TILES = Tiles(64, 0, programs=256, stages=3)
 """Places of a cache in a block; and programs, for all heads of all sequences, if that needs no part

@@ -20,7 +20,7 @@ try:
 except ImportError:  # JAX has announced that it will go
     triton = None
 
-from mixtral_jax.kernels import NARROW, block_of, ceil, platform
+from mixtral_jax.kernels import NARROW, block_of, ceil, dot, platform
 
 MOST = 32
 """Rows at most."""
@@ -114,11 +114,6 @@ def parts_of(blocks: int, wanted: int) -> tuple[int, int]:
     """(parts, blocks in each but perhaps the last) of about as many parts as are wanted."""
     per_part = ceil(blocks, min(max(wanted, 1), blocks))
     return ceil(blocks, per_part), per_part
-
-
-def dot(a: jax.Array, b: jax.Array, b_axis: int = 0) -> jax.Array:
-    """The product of two matrices over the last axis of a and one of b, in float32."""
-    return lax.dot_general(a, b, (((1,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _parts(x_RD, matrices_DF, tiles: Tiles):

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from mixtral_jax.kernels import block_of, few_rows
-from mixtral_jax.kernels.few_rows import Tiles, call, dot, padded, parts_of, triton, whole
+from mixtral_jax.kernels import block_of, dot, few_rows
+from mixtral_jax.kernels.few_rows import Tiles, call, padded, parts_of, triton, whole
 
 INTO, OUT_OF = Tiles(32, 256, programs=100, warps=8), Tiles(64, 128, programs=512)
 """Of gate and up, and of down: programs are those of all slots. For gate and up blocks become

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mixtral_jax.kernels import ceil, platform, vary_like
+from mixtral_jax.kernels import ceil, dot, platform, vary_like
 
 LARGEST = 127
 STEP = np.float32(1 / LARGEST)
@@ -92,7 +92,7 @@ def product(x_RD: jax.Array, w: Int8, dtype=None, implementation: str | None = N
         rows = x_RD.shape[0]
         if platform() == "tpu" and rows < TPU_ROWS:
             x_RD = jnp.pad(x_RD, ((0, TPU_ROWS - rows), (0, 0)))
-        sums_RF = _dot(x_RD, w.values.astype(x_RD.dtype))[:rows]
+        sums_RF = dot(x_RD, w.values.astype(x_RD.dtype), 1)[:rows]
     return (sums_RF * w.scale[None]).astype(dtype or x_RD.dtype)
 
 
@@ -123,11 +123,6 @@ def few_rows(
     return jnp.where(mine_ER[..., None], out_ERD, 0).sum(axis=0)
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a times b transposed, in float32."""
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-
 def _blocks(x_RD, values_FD):
     channels, _ = values_FD.shape
     size = ceil(channels, blocks_of(values_FD.size, MOST))
@@ -136,7 +131,7 @@ def _blocks(x_RD, values_FD):
     def one_block(i, out_FR):
         first = jnp.minimum(i * size, channels - size)  # the last ones may be made twice
         values_fD = lax.dynamic_slice_in_dim(values_FD, first, size)
-        out_fR = _dot(values_fD.astype(x_RD.dtype), x_RD)
+        out_fR = dot(values_fD.astype(x_RD.dtype), x_RD, 1)
         return lax.dynamic_update_slice_in_dim(out_FR, out_fR, first, axis=0)
 
     out_FR = vary_like(jnp.zeros((channels, x_RD.shape[0]), jnp.float32), x_RD, values_FD)

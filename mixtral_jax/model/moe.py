@@ -112,9 +112,7 @@ def keep_rows(ids_TC: jax.Array, experts: int, capacity: int | None) -> Ranked:
     return Ranked(order_A, rank_A.reshape(ids_TC.T.shape), counts_E, kept_E)
 
 
-def dispatch_rows(
-    ids_TC: jax.Array, ranked: Ranked, plan: exchanges.Plan, send_rows: int
-) -> Dispatch:
+def dispatch_rows(ids_TC, ranked: Ranked, plan: exchanges.Plan, send_rows: int) -> Dispatch:
     """Lay out in the plan's send buffer the assignments that it keeps."""
     (tokens, _), assignments = ids_TC.shape, ids_TC.size
     kept_E, offsets_E = plan.kept_E, plan.offsets_E
