@@ -4,10 +4,11 @@ A kernel like few_queries', which makes its queries, keys and values itself: it 
 the products, rotates, and writes keys and values to their places. Programs read what lies before a
 query from the cache; its own key and value the first of them has.
 
-The grid is heads K, parts of a cache, batch. Of one head and row, whose query has place n:
+The grid is heads K, parts of a cache, batch. Of one head and row, whose place n is in part 1:
 
-    part 0, reads its blocks; has and | part 1, reads | part 2,
-    writes the key and value of n     | up to n - 1   | reads nothing
+    program   part 0                      part 1               part 2
+    reads     its places                  its places before n  nothing
+    has too   the key and value of n, which it writes there
 
 Operands, tuples apart: 0 positions, 1 real, 2-4 parts of q, k and v, 5-6 cos and sin, 7-8 caches.
 Results: 0-2 the sums of each part, for few_queries.together, 3-4 the caches, in place of 7 and 8.
