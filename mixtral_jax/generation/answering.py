@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ import numpy as np
 from mixtral_jax.data.tokenizer import StreamDecoder, Tokenizer
 from mixtral_jax.generation.request import Options, Request
 from mixtral_jax.generation.results import Answer, StopStrings, TokenLogProbability
+
+NOT_FINITE = "a weight is NaN or infinite, or what is computed overflows; check the checkpoint"
 
 
 class Event(NamedTuple):
@@ -126,6 +129,10 @@ class Task:
             return self.end("length", None, shown, token, logprob)
         return Event(self.number, self.index, shown, token, logprob, None)
 
+    def fail(self, what: str) -> Event:
+        """The last event, where logits were not finite; what: whose."""
+        return self.end("error", None, error=f"the logits of {what} are not finite: {NOT_FINITE}")
+
     def scored(self, found, start: int, count: int) -> None:
         """Take the log-probabilities of the tokens after those of a part of the prompt."""
         for i in range(count):
@@ -135,6 +142,12 @@ class Task:
                 entry = self._logprob(token, *arrays, self.options.prompt_logprobs)
                 self.prompt_logprobs.append(entry)
 
+    def end_scored(self) -> Event:
+        """The last event of a prompt that wants no answer."""
+        if any(entry is not None and math.isnan(entry.logprob) for entry in self.prompt_logprobs):
+            return self.fail("the prompt")
+        return self.end("length", None)
+
     def end(
         self,
         reason: str,
@@ -142,6 +155,7 @@ class Task:
         shown: str = "",
         token: int | None = None,
         logprob: TokenLogProbability | None = None,
+        error: str | None = None,
     ) -> Event:
         """The last event. What the decoder and the stop strings held back is shown now."""
         if self.decoder is not None and self.stops.found is None:
@@ -149,7 +163,7 @@ class Task:
             shown += rest
             self.text += rest
             if self.stops.found is not None:
-                reason, stop = "stop", self.stops.found
+                reason, stop, error = "stop", self.stops.found, None
         options = self.options
         self.answer = Answer(
             f"prompt {self.number + 1}",
@@ -162,6 +176,7 @@ class Task:
             stop,
             self.logprobs if options.logprobs is not None else None,
             self.prompt_logprobs if options.prompt_logprobs is not None else None,
+            error,
             prompt_tokens=len(self.prompt),
             cached_tokens=self.cached,
         )

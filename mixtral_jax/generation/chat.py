@@ -98,8 +98,10 @@ class Chat:
           show: takes the parts of the answer, as they come.
           stopped: asked after each token whether to stop there.
         Raises:
-          InputError: if the conversation would not fit in the context; the history stays as it was.
+          InputError: if the conversation would not fit in the context, or the answer fails; the
+            history stays as it was.
         """
+        before = self.messages
         messages = [*self.messages, message("user", text)]
         events = self._engine.stream(self._request(messages))
         self.messages = messages
@@ -108,6 +110,10 @@ class Chat:
             for event in events:
                 show(event.text)
                 answer += event.text
+                if event.answer is not None and event.answer.error is not None:
+                    self.messages = before
+                    show("\n" if answer else "")
+                    raise InputError(event.answer.error)
                 if stopped():
                     break
         if answer:

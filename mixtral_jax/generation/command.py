@@ -87,11 +87,11 @@ def run(
     good = [request for request in requests if isinstance(request, Request)]
     if not good:
         if style.jsonl:
-            _print_refused(Json(_shown(asked)), asked, requests)
+            _print_refused(Json(_shown(asked, requests)), asked, requests)
         return 1
     engine = deployed.start(sized(serving, good))
-    show(engine, asked, requests, style, deployed.start_up)
-    return 0 if len(good) == len(asked) else 1
+    answered = show(engine, asked, requests, style, deployed.start_up)
+    return 0 if answered and len(good) == len(asked) else 1
 
 
 def _request(asked: Asked, deployed: Deployed, style: Style, limit: int) -> Request | str:
@@ -117,10 +117,14 @@ def _request(asked: Asked, deployed: Deployed, style: Style, limit: int) -> Requ
             raise
         if asked.error is not None:  # which names the file and the line
             return asked.error
-        reason = str(error)
-        if not reason.startswith(asked.name):
-            reason = f"{asked.name}: {reason}"
-        return f"{style.source} {reason}".lstrip()
+        return _named(str(error), asked, style)
+
+
+def _named(reason: str, asked: Asked, style: Style) -> str:
+    """A reason that names what was asked, and where."""
+    if not reason.startswith(asked.name):
+        reason = f"{asked.name}: {reason}"
+    return f"{style.source} {reason}".lstrip()
 
 
 def sized(serving: Serving, requests: Sequence[Request]) -> Serving:
@@ -141,9 +145,10 @@ def show(
     requests: Sequence[Request | str],
     style: Style,
     start_up: StartUp,
-) -> None:
+) -> bool:
     """Answer requests, print the answers as they come, and say how fast.
 
+    Returns: false if one ended for a reason that standard error tells.
     Raises:
       KeyboardInterrupt: after the event that comes next, or at the second Ctrl-C at once.
     """
@@ -154,25 +159,30 @@ def show(
     live = sys.stderr.isatty() and not sys.stdout.isatty()
     rates = Rates(answers, lambda: start_up.end("prefill"), live)
     _print_refused(printer, asked, requests)
-    cached = 0
+    cached, answered = 0, True
     with interruptions() as stopped:
         for event in engine.run(good.values()):
             number = numbers[event.request]
             if event.answer is not None:
                 cached += event.answer.cached_tokens
                 event.answer.request_name, event.answer.id = asked[number].name, asked[number].id
+                if event.answer.error is not None:
+                    answered = False
+                    event.answer.error = _named(event.answer.error, asked[number], style)
+                    say(f"error: {event.answer.error}")
             rates.take(event)
             printer.take(event._replace(request=number))
             if stopped.is_set():
                 raise KeyboardInterrupt
     say(rates.report(sum(len(r.tokens) * r.options.n for r in good.values()), cached))
     say(start_up.report(rates.made))
+    return answered
 
 
 def _printer(
     engine: Engine, asked: Sequence[Asked], requests: Sequence[Request | str], style: Style
 ) -> InOrder:
-    prompts = _shown(asked)
+    prompts = _shown(asked, requests)
     if style.jsonl:
         return Json(prompts)
     if style.show_routing is None:
@@ -203,8 +213,11 @@ def _print_refused(
             printer.take(Event(number, 0, "", None, None, answer))
 
 
-def _shown(asked: Sequence[Asked]) -> list[Shown]:
-    return [Shown(_text_of(one), one.options.n, one.options.echo) for one in asked]
+def _shown(asked: Sequence[Asked], requests: Sequence[Request | str]) -> list[Shown]:
+    return [
+        Shown(_text_of(one), one.options.n if isinstance(request, Request) else 1, one.options.echo)
+        for one, request in zip(asked, requests, strict=True)
+    ]
 
 
 def _text_of(asked: Asked) -> str:

@@ -33,7 +33,7 @@ from mixtral_jax.generation.answering import Event, Task
 from mixtral_jax.generation.compiled import Programs, small_products
 from mixtral_jax.generation.devices import Devices
 from mixtral_jax.generation.placing import Placing, rows_that_fit
-from mixtral_jax.generation.programs import empty
+from mixtral_jax.generation.programs import NOTHING, empty
 from mixtral_jax.generation.request import Options, Request, Serving, check_request
 from mixtral_jax.generation.results import Answer
 from mixtral_jax.generation.routing import ChosenExperts
@@ -176,7 +176,8 @@ class Engine:
         """Answer requests, which are read as rows become free; gives what is made as it comes.
 
         The last event of each answer has the whole of it. A request that cannot be answered gives
-        one event, whose answer says why; the others go on.
+        one event, whose answer says why; the others go on. So does an answer end whose logits are
+        not finite.
 
         Raises:
           RuntimeError: if it is answering already.
@@ -270,11 +271,15 @@ class Engine:
                     task.scored(_at(made.prompt, place), start, count)
                 if not answers:
                     if start + count == len(task.prompt):
-                        yield task.end("length", None)
+                        yield task.end_scored()
                     continue
             wanted = task.options.logprobs is not None
             found = _at(made.logprobs, place) if wanted else None
-            event = task.push(int(made.token_B[place]), found)
+            token = int(made.token_B[place])
+            if token == NOTHING:
+                event = task.fail(f"token {len(task.tokens) + 1} of the answer")
+            else:
+                event = task.push(token, found)
             self._scheduler.pushed(task)
             yield event
 

@@ -28,7 +28,7 @@ class Shown(NamedTuple):
 
     text: str
     answers: int
-    """How many are made to it."""
+    """How many come to it; one, that says so, where it is refused."""
     echo: bool
 
 
@@ -49,14 +49,7 @@ class InOrder(abc.ABC):
             for waiting in self._waiting.pop(key):
                 self.event(key, waiting)
                 if waiting.answer is not None:
-                    self._go_on(key, waiting.answer)
-
-    def _go_on(self, key: tuple[int, int], answer: Answer) -> None:
-        """After the last event of an answer: whose turn it is now."""
-        self._at += 1
-        if answer.finish_reason == "error":  # the prompt's other answers will not come
-            while self._at < len(self._keys) and self._keys[self._at][0] == key[0]:
-                self._at += 1
+                    self._at += 1
 
     @abc.abstractmethod
     def event(self, key: tuple[int, int], event: Event) -> None:
@@ -74,9 +67,9 @@ class Text(InOrder):
 
     def event(self, key: tuple[int, int], event: Event) -> None:
         shown, answer = self._prompts[key[0]], event.answer
-        if answer is not None and answer.finish_reason == "error":
-            return  # what was wrong is said on standard error
         if self._begun != key:
+            if answer is not None and answer.finish_reason == "error":
+                return  # what was wrong is said on standard error
             self._begun = key
             if not self._alone:
                 which = f" ({key[1] + 1} of {shown.answers})" if shown.answers > 1 else ""

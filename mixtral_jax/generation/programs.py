@@ -92,7 +92,8 @@ class Made(NamedTuple):
     """What a program shows to the host; the same on every device."""
 
     token_B: jax.Array
-    """The token that each row, or lane, made, or NOTHING."""
+    """The token that each row, or lane, made, or NOTHING: where it is not live, and where its
+    logits are not finite."""
     logprobs: LogProbabilities
     """Of these tokens, where any row wants them; otherwise zeros."""
     prompt: LogProbabilities | None
@@ -257,7 +258,10 @@ def _of_each(logits_YLV, token_YL) -> LogProbabilities:
 
 
 def _choose(logits_BV, rows: Rows, progress: Progress, live_B):
-    """Sample where live: (token_B or NOTHING, log-probabilities, the new progress)."""
+    """Sample where live: (token_B or NOTHING, log-probabilities, the new progress).
+
+    Logits that are not finite end the answer, with NOTHING.
+    """
     vocabulary = logits_BV.shape[1]
     logits_BV = logits_BV.astype(jnp.float32)
     row_B1 = jnp.arange(logits_BV.shape[0])[:, None]
@@ -281,7 +285,8 @@ def _choose(logits_BV, rows: Rows, progress: Progress, live_B):
     nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     logprobs = lax.cond((rows.logprobs_B & live_B).any(), wanted, lambda: nothing)
 
-    ended_B = (token_B[:, None] == rows.ends_BN).any(axis=1)
+    finite_B = jnp.isfinite(logits_BV).all(axis=1)
+    ended_B = (token_B[:, None] == rows.ends_BN).any(axis=1) | ~finite_B
     one_B = live_B.astype(jnp.int32)
     made_BV = progress.history.made_BV.at[row_B1[:, 0], token_B].add(one_B)
     progress = progress._replace(
@@ -290,4 +295,4 @@ def _choose(logits_BV, rows: Rows, progress: Progress, live_B):
         live_B=jnp.where(live_B, ~ended_B, progress.live_B),
         history=progress.history._replace(made_BV=made_BV),
     )
-    return jnp.where(live_B, token_B, NOTHING), logprobs, progress
+    return jnp.where(live_B & finite_B, token_B, NOTHING), logprobs, progress

@@ -95,10 +95,14 @@ class Scheduler:
             row.written = []
 
     def pushed(self, task: Task) -> None:
-        """A task's newest token has been read: its row holds what came before it."""
+        """A task's newest token has been read: its row holds what came before it.
+
+        Of an answer that failed nothing may be used again.
+        """
         row = self._rows[task.row]
         if row.asks is task:
-            row.written = [*task.prompt, *task.tokens[:-1]]
+            failed = task.answer is not None and task.answer.error is not None
+            row.written = [] if failed else [*task.prompt, *task.tokens[:-1]]
             if task.answer is not None:
                 row.task = None
 

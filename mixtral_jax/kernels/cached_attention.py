@@ -149,8 +149,12 @@ def attention(q_BLKGH: jax.Array, cache: Cached, positions_BL: jax.Array, where:
         weights = jnp.where(seen_BQS[:, None], jnp.exp(scores - new_BKQ[..., None]), 0)
         before_BKQ = jnp.exp(most_BKQ - new_BKQ)
         total_BKQ = total_BKQ * before_BKQ + weights.sum(axis=-1)
+        # What none sees may be of an earlier request, and infinite: 0 times that is no number.
+        seen_B1S = seen_BQS.any(axis=1)[:, None]
         if v_scale is not None:
-            weights = weights * v_scale[:, :, None]
+            weights = weights * jnp.where(seen_B1S, v_scale, 0)[:, :, None]
+        else:
+            v = jnp.where(seen_B1S[..., None], v, 0)
         part = jnp.einsum(
             "BKQS,BKSH->BKQH",
             weights.astype(q_BKQH.dtype),

@@ -54,7 +54,8 @@ def _attend(q_BLKGH, k_BLKH, v_BLKH, step: Step):
     def some_rows(q_BLKGH, k_BLKH, v_BLKH, cache, layer, row, positions_BL, real_BL):
         where = kernel.Where(layer, row)
         cache = kernel.write(cache, k_BLKH, v_BLKH, positions_BL, real_BL, where)
-        return kernel.attention(q_BLKGH, cache, positions_BL, where), cache
+        asked_BL = jnp.where(real_BL, positions_BL, 0)  # what is not real sees no more than it must
+        return kernel.attention(q_BLKGH, cache, asked_BL, where), cache
 
     def body(q_BLKGH, k_BLKH, v_BLKH, cache, layer, row_B, positions_BL, real_BL):
         if row_B is None:

@@ -114,6 +114,32 @@ def test_attention_to_an_int8_cache_is_that_to_its_values(monkeypatch):
     oracle.close(out, kernel.attention(q, wide, positions(), where), rel=2e-6)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("block", [16, 20, 48])
+def test_what_none_sees_may_be_anything(int8, block, monkeypatch):
+    """As an earlier request leaves it."""
+    monkeypatch.setattr(kernel, "BLOCK", block)
+    q, _, old = arrays()
+    cache, where = kernel.Cached(*old[:, 1]), kernel.Where(None, None)
+    if int8:
+        (k, k_scale), (v, v_scale) = (kernel.quantise(jnp.asarray(a)) for a in cache[:2])
+        cache = kernel.Cached(k, v, k_scale, v_scale)
+    last_B11 = positions().max(axis=1)[:, None, None]
+    unseen_B1S = np.arange(S)[None, None] > last_B11
+
+    def spoil(array):
+        if array is None or array.dtype == jnp.int8:
+            return array
+        unseen = unseen_B1S if array.ndim == 3 else unseen_B1S[..., None]
+        return jnp.where(unseen, jnp.nan, array)
+
+    spoiled = kernel.Cached(*map(spoil, cache))
+    np.testing.assert_array_equal(
+        kernel.attention(q, spoiled, positions(), where),
+        kernel.attention(q, cache, positions(), where),
+    )
+
+
 def test_whole_caches_are_read_at_once_where_programs_are_priced(monkeypatch):
     monkeypatch.setattr(kernel, "BLOCK", 16)
     q, _, old = arrays()
