@@ -21,7 +21,7 @@ from mixtral_jax.interop.layout import transposition
 from mixtral_jax.interop.names import Piece
 from mixtral_jax.interop.source import FileWeights
 from mixtral_jax.model.mixtral import Mixtral
-from mixtral_jax.model.quantized import CONTRACTED, STEP, quantized
+from mixtral_jax.model.quantized import CONTRACTED, LEAST_SCALE, STEP, quantized
 
 BLOCK = 1 << 18
 """Values that are float32 at a time."""
@@ -84,8 +84,10 @@ def quantize(w: np.ndarray, contracted: int) -> tuple[np.ndarray, np.ndarray]:
         rows = slice(row, row + step)
         wide = _float32(matrix[rows])
         scale[rows] = np.abs(wide).max(axis=1) * STEP
-        scale[rows][scale[rows] == 0] = 1
-        wide *= 1 / scale[rows, None]
+        scale[rows][scale[rows] < LEAST_SCALE] = 1
+        with np.errstate(invalid="ignore"):  # an infinity times 0
+            wide *= 1 / scale[rows, None]
+        wide[~np.isfinite(scale[rows])] = 0  # of NaN NumPy makes any int8
         values[rows] = np.rint(wide, out=wide).clip(-127, 127)
     return values.reshape(w.shape), scale.reshape(kept)
 

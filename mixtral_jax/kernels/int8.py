@@ -22,6 +22,8 @@ from mixtral_jax.kernels import ceil, dot, platform, vary_like
 
 LARGEST = 127
 STEP = np.float32(1 / LARGEST)
+LEAST_SCALE = np.finfo(np.float32).smallest_normal
+"""XLA takes what is smaller as 0."""
 MOST, LEAST = 1 << 20, 1 << 17
 """Values in a block at most: 4 MiB in float32, in the cache that cores share; and at least, where
 that makes fewer than four blocks. XLA:CPU converts small blocks on one core."""
@@ -58,13 +60,14 @@ def quantize(w: jax.Array, contracted: tuple[int, ...]) -> Int8:
       w: of any float type; computed in float32.
       contracted: its dimensions that a product sums over; they go last, in their order.
     Returns:
-      values, and scale without those dimensions; 1 for a channel of zeros.
+      values, and scale without those dimensions: 1 for a channel of zeros, and where it would be
+      below LEAST_SCALE; no finite number for one whose w is not finite, so that products tell.
     """
     kept = [axis for axis in range(w.ndim) if axis not in contracted]
     wide = w.transpose(*kept, *contracted).astype(jnp.float32)
     summed = tuple(range(len(kept), w.ndim))
     scale = jnp.max(jnp.abs(wide), axis=summed, keepdims=True) * STEP
-    scale = jnp.where(scale > 0, scale, 1)
+    scale = jnp.where(scale < LEAST_SCALE, 1, scale)
     values = jnp.clip(jnp.round(wide * (1 / scale)), -LARGEST, LARGEST).astype(jnp.int8)
     return Int8(values, scale.squeeze(summed))
 

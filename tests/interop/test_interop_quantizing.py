@@ -80,6 +80,19 @@ def test_quantizing_in_blocks_is_that_of_the_kernel(dtype, monkeypatch):
         np.testing.assert_array_equal(actual, wanted)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e-37, 1.2e-36, 1.6e-36])
+def test_what_no_scale_fits_is_that_of_the_kernel(value):
+    """Not finite stays so; a scale that float32 holds with few bits, or none, is that of zeros."""
+    w = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+    w[1] = 0
+    w[1, 2], w[3] = value, 0
+    values, scale = quantizing.quantize(w, 1)
+    for actual, wanted in zip((values, scale), quantize(jnp.asarray(w), (1,)), strict=True):
+        np.testing.assert_array_equal(actual, wanted)
+    assert np.isfinite(scale).tolist() == [True, bool(np.isfinite(value)), True, True]
+    assert (scale[1] == 1, scale[3]) == (value < 1.5e-36, 1)
+
+
 def test_no_format_holds_it(saved, tmp_path):
     for form in FORMS:
         with pytest.raises(ValueError, match="in int8, which no format holds"):
