@@ -39,6 +39,8 @@ def check_above_zero(section: object, prefix: str, *names: str, empty: str = "")
             raise InputError(f"{prefix}.{name}={value} must be above 0{empty}")
 
 
+LEAST = 2.0**-126  # float32's smallest normal number: on devices a smaller one is 0
+ONE = 1 - 2.0**-25  # and what is not below this is 1
 EXCHANGES = ("local", "padded", "ragged")
 ATTENTIONS = ("xla", "splash", "cudnn", "chunks")
 GROUPED_MATMULS = ("megablox", "ragged_dot", "hopper", "tokamax", "blocks")
@@ -123,7 +125,7 @@ class ModelConfig:
         check_at_least(
             self, "model", 0, "load_balance_weight", "router_z_weight", "initializer_range"
         )
-        check_above_zero(self, "model", "rope_theta", "rms_norm_eps")
+        check_at_least(self, "model", LEAST, "rope_theta", "rms_norm_eps")
         check_choice("model.preset", self.preset, ("", *PRESETS))
         check_choice("model.remat", self.remat, REMAT_POLICIES)
         check_choice("model.exchange", self.exchange, ("", *EXCHANGES))
@@ -237,7 +239,7 @@ class TrainingConfig:
     decay_fraction: float = 0.2
     """Share of the steps that warmup_stable_decay spends decaying, at the end."""
     final_learning_rate_ratio: float = 0.1
-    """Learning rate at the end over its peak, for every schedule but constant."""
+    """Learning rate after the last step over its peak, for every schedule but constant."""
     weight_decay: float = 0.1
     """AdamW's decay; on matrices only."""
     adam_beta1: float = 0.9
@@ -265,14 +267,15 @@ class TrainingConfig:
         whole += ("checkpoint_every", "keep_checkpoints", "validation_batches", "max_skipped_steps")
         check_at_least(self, "training", 1, *whole)
         check_at_least(self, "training", 0, "warmup_steps", "validate_every", "learning_rate")
-        check_at_least(self, "training", 0, "weight_decay", "clip_norm", "z_loss_weight")
-        check_above_zero(self, "training", "adam_eps")  # an unused row's update would be 0 / 0
+        check_at_least(self, "training", 0, "weight_decay", "z_loss_weight")
+        check_at_least(self, "training", LEAST, "adam_eps")  # an unused row's update would be 0 / 0
+        check_at_least(self, "training", LEAST if self.clip_norm else 0, "clip_norm")
         check_choice("training.schedule", self.schedule, SCHEDULES)
         for name in ("decay_fraction", "final_learning_rate_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"training.{name}={getattr(self, name)} must lie in 0..1")
         for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
+            if not 0 <= getattr(self, name) < ONE:
                 raise InputError(f"training.{name}={getattr(self, name)} must lie in 0..1, below 1")
         if self.batch_size % self.gradient_accumulation:
             raise InputError(

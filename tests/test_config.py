@@ -142,9 +142,9 @@ def test_the_defaults_come_back_from_yaml(tmp_path):
     st.fixed_dictionaries(
         {
             "learning_rate": st.floats(0, 1e6),
-            "adam_eps": st.floats(0, 1, exclude_min=True),
+            "adam_eps": st.floats(1.2e-38, 1),
             "steps": st.integers(1, 10**12),
-            "clip_norm": st.one_of(st.floats(0, 1e300), st.integers(0, 9)),
+            "clip_norm": st.one_of(st.floats(1.2e-38, 1e300), st.integers(0, 9)),
         }
     ),
     st.text(st.characters(codec="utf-8", exclude_categories=["C", "Zl", "Zp"])),
@@ -452,6 +452,9 @@ def test_model_values_are_checked(model, words):
         ({"schedule": "step"}, ["training.schedule='step'", "'cosine'"]),
         ({"learning_rate": -1}, ["training.learning_rate=-1"]),
         ({"adam_beta2": 1.5}, ["training.adam_beta2=1.5", "0..1"]),
+        ({"adam_beta2": 0.99999999}, ["training.adam_beta2=0.99999999", "below 1"]),
+        ({"adam_eps": 1e-40}, ["training.adam_eps=1e-40", "at least 1.17"]),
+        ({"clip_norm": 1e-46}, ["training.clip_norm=1e-46", "at least 1.17"]),
         ({"profile_steps": "9"}, ["training.profile_steps='9'", "10:12"]),
         ({"profile_steps": "9:3"}, ["training.profile_steps='9:3'"]),
         ({"profile_steps": "0:3"}, ["training.profile_steps='0:3'"]),
@@ -523,7 +526,10 @@ def test_local_exchange_with_experts_on_other_devices():
 
 @pytest.mark.parametrize(
     "key",
-    ["model.rope_theta=0", "model.rms_norm_eps=-1", "training.adam_beta1=1", "data.interleave=0"],
+    [
+        *("model.rope_theta=0", "model.rms_norm_eps=-1", "model.rms_norm_eps=1e-46"),
+        *("training.adam_beta1=1", "data.interleave=0"),
+    ],
 )
 def test_values_that_could_only_give_nan_are_refused(key):
     with pytest.raises(InputError, match=key.split("=")[0]):

@@ -234,7 +234,9 @@ class Run:
         save = last or step % training.checkpoint_every == 0
         if training.validate_every and (save or step % training.validate_every == 0):
             loss = self._validate(step)
-        if save and skipped and not last:  # the weights may be at fault, and push out good ones
+        # The weights, which skipped steps leave as they were, may be at fault: many saves of them
+        # would push out good ones. One where a run ends, or is stopped, loses nothing.
+        if save and skipped and not last:
             self.reporter.say(f"step {step}: not saved, as {skipped} steps in a row were skipped")
         elif save:
             self._save(step, loss)
