@@ -155,7 +155,7 @@ class Mixtral(nnx.Module):
         x_BLD, statistics, cache = run(x_BLD, positions_BL, segments_BL, step)
         if logits_at_B is not None:
             here_BL = jnp.arange(x_BLD.shape[1])[None] == logits_at_B[:, None]
-            x_BLD = jnp.einsum("BL,BLD->BD", here_BL.astype(x_BLD.dtype), x_BLD)[:, None]
+            x_BLD = jnp.where(here_BL[..., None], x_BLD, 0).sum(axis=1, keepdims=True)
         with jax.named_scope("head"):
             logits_BLV = self._logits(self.norm(x_BLD))
         return Forward(logits_BLV, statistics, cache)

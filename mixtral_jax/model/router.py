@@ -113,12 +113,11 @@ def routing_of(logits_TE: jax.Array, ids_TC: jax.Array, weights_TC: jax.Array) -
 def local_statistics(routing: Routing, real_T: jax.Array, dropped: jax.Array) -> RoutingStatistics:
     """The sums over this device's tokens; add them over the devices for the global batch's."""
     experts = routing.probabilities_TE.shape[1]
-    weight_T = real_T.astype(jnp.float32)
     chosen_TCE = routing.ids_TC[:, :, None] == jnp.arange(experts)[None, None, :]
     return RoutingStatistics(
         assignments_E=chosen_TCE.sum(axis=(0, 1)).astype(jnp.float32),
-        probabilities_E=jnp.einsum("T,TE->E", weight_T, routing.probabilities_TE),
-        tokens=weight_T.sum(),
-        squared_logsumexp=jnp.sum(weight_T * routing.logsumexp_T**2),
+        probabilities_E=jnp.where(real_T[:, None], routing.probabilities_TE, 0).sum(axis=0),
+        tokens=real_T.astype(jnp.float32).sum(),
+        squared_logsumexp=jnp.sum(jnp.where(real_T, routing.logsumexp_T**2, 0)),
         dropped=dropped.astype(jnp.float32),
     )

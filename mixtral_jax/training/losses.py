@@ -69,8 +69,8 @@ def _token_sums_forward(logits_BLV, targets_BL, real_BL):
     target_BL = _target_logits(logits_BLV, targets_BL)
     weight_BL = real_BL.astype(jnp.float32)
     sums = TokenSums(
-        cross_entropy=jnp.sum(weight_BL * (logsumexp_BL - target_BL)),
-        squared_logsumexp=jnp.sum(weight_BL * logsumexp_BL**2),
+        cross_entropy=jnp.sum(jnp.where(real_BL, logsumexp_BL - target_BL, 0)),
+        squared_logsumexp=jnp.sum(jnp.where(real_BL, logsumexp_BL**2, 0)),
         tokens=weight_BL.sum(),
     )
     return sums, (logits_BLV, targets_BL, weight_BL, logsumexp_BL)

@@ -1,5 +1,6 @@
 """Answers of a model whose weights are not all finite: they say so, and spoil no other."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -57,6 +58,17 @@ def test_a_prompt_that_is_scored_says_so(model):
     )
     assert spoiled.error.startswith("the logits of the prompt are not finite")
     assert (good.finish_reason, good.error) == ("length", None)
+
+
+def test_what_fills_a_part_up_does_not_reach_the_prompt():
+    """Tokens 0, behind its end."""
+    made = initialize(MODEL, jax.random.key(0), sharding.make_mesh())
+    request = Request((1, 5, 6), dataclasses.replace(GREEDY, max_new_tokens=1))
+    answers = []
+    for value in (0, np.nan):
+        made.embedding_VD[...] = made.embedding_VD.get_value().at[0].set(jnp.float32(value))
+        answers += Engine(made, rows=1).generate([request])[0]
+    assert answers[1] == answers[0]
 
 
 # ---- of the command ----------------------------------------------------------------------------

@@ -102,7 +102,9 @@ def test_bfloat16_times_float32_on_matrix_units():
 
 def test_statistics_are_sums_over_real_tokens():
     x_TD, w_DE, real_T = inputs()
-    statistics = local_statistics(route(x_TD, w_DE, real_T, 2), real_T, jnp.int32(7))
+    padding = np.where(real_T, 0, np.nan).astype(np.float32)[:, None]  # whatever that holds
+    routing = route(x_TD + padding, w_DE, real_T, 2)
+    statistics = local_statistics(routing, real_T, jnp.int32(7))
     ids_TC, _, probabilities_TE, logsumexp_T = oracle_routing(x_TD, w_DE, 2)
     chosen = np.bincount(ids_TC[real_T].ravel(), minlength=E)
     expected = (

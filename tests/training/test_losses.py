@@ -85,6 +85,8 @@ def test_token_sums_match_numpy_and_leave_padding_out(monkeypatch, platform):
     np.testing.assert_allclose(sums.cross_entropy, nll[real].sum(), rtol=1e-6)
     np.testing.assert_allclose(sums.squared_logsumexp, (lse[real] ** 2).sum(), rtol=1e-6)
     assert float(sums.tokens) == real.sum() == 7
+    spoiled = jnp.where(real[..., None], jnp.asarray(logits, jnp.float32), jnp.nan)
+    assert losses.token_sums(spoiled, jnp.asarray(targets), real) == sums
 
     def weighted(logits_BLV):
         sums = losses.token_sums(logits_BLV, jnp.asarray(targets), real)
