@@ -54,7 +54,9 @@ def product(x_RD: jax.Array, w_DF: jax.Array, dtype: jnp.dtype | None = None) ->
         first = jnp.minimum(i * size, depth - size)
         new_d = first + jnp.arange(size, dtype=jnp.int32) >= i * size  # the last ones come twice
         x_Rd = jnp.where(new_d[None], lax.dynamic_slice_in_dim(x_RD, first, size, axis=1), 0)
-        w_dF = floats(lax.dynamic_slice_in_dim(w_DF, first, size), jnp.bfloat16)
+        # Of both, as 0 times an infinity is NaN.
+        w_dF = jnp.where(new_d[:, None], lax.dynamic_slice_in_dim(w_DF, first, size), 0)
+        w_dF = floats(w_dF, jnp.bfloat16)
         return out_RF + jnp.matmul(
             x_Rd, w_dF.astype(x_Rd.dtype), preferred_element_type=jnp.float32
         )

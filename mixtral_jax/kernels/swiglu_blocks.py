@@ -58,9 +58,8 @@ def _backward(residuals, g_RD):
         dx_RD, d_gate_EDF, d_up_EDF, d_down_EDF = carry
         g_bD = block.take(g_RD)
         x_Db, g_Db = (floats(block.columns(a), dtype) for a in (x_DR, g_DR))
-        # Also where not in use: finite, and times zeros.
         gate_bF, up_bF = (
-            floats(block.rows(a), dtype).astype(jnp.float32) for a in (gate_RF, up_RF)
+            floats(block.take(a), dtype).astype(jnp.float32) for a in (gate_RF, up_RF)
         )
         d_hidden_bF = dot(g_bD, block.matrix(down_EFD), 1, 1, jnp.float32)
         sigmoid_bF = jax.nn.sigmoid(gate_bF)

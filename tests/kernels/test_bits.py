@@ -36,6 +36,13 @@ def test_product(monkeypatch, depth, most, rows):
     oracle.close(out, np.float64(x_RD) @ np.float64(w_DF), rel=1e-6)
 
 
+def test_an_infinity_that_two_blocks_have_stays_one(monkeypatch):
+    monkeypatch.setattr(bits, "MOST", 20)
+    x_RD, w_DF = operands(1, 7, 10, jnp.float32)
+    out = bits.product(x_RD, bits.bits(w_DF.at[5].set(jnp.inf)))
+    np.testing.assert_array_equal(out, np.sign(x_RD[:, 5:6]) * np.full((1, 10), np.inf))
+
+
 @pytest.mark.parametrize("rows", [3, 9])
 def test_bfloat16_rows_are_summed_in_float32(rows):
     """Few of them are multiplied in float32 and many in bfloat16."""

@@ -81,6 +81,17 @@ def test_rows_past_the_last_group_are_not_read():
     oracle.close(compiled("blocks")(*arrays, np.int32(sizes), g_RD), wanted, rel=2e-6)
 
 
+def test_what_is_not_finite_stays_with_its_expert():
+    """Though it lies in a block of another's rows."""
+    *arrays, g_RD = operands(90, 2)
+    sizes = [5, 66]
+    wanted = expected(*arrays, sizes, g_RD)[2:]
+    arrays[0][10] = np.nan
+    actual = compiled("blocks")(*arrays, np.int32(sizes), g_RD)[2:]
+    oracle.close([w[0] for w in actual], [w[0] for w in wanted], rel=2e-6)
+    assert all(np.isnan(w[1]).any() for w in actual)
+
+
 @pytest.mark.parametrize("mesh", [(2, 1, 1, 2)], indirect=True, ids=["mesh"])
 def test_operands_shared_between_devices(mesh):
     """Rows differ over data, matrices over tensor: gradients are summed over the other axis."""
