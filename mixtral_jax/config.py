@@ -1,7 +1,7 @@
 """The configuration of a run: frozen dataclasses, and every check that needs no data.
 
-Neither this module nor config_io, which reads and writes it as YAML, imports JAX or anything else
-of the project, so that a mistake in a config is reported before any device is touched.
+Neither this module nor config_io, which reads and writes it as YAML, imports JAX or anything of the
+project that does, so that a mistake in a config is reported before any device is touched.
 """
 
 from __future__ import annotations
@@ -10,33 +10,11 @@ import dataclasses
 import typing
 from dataclasses import dataclass, field
 
-
-class InputError(ValueError):
-    """Bad input from the user. The command line prints it as one line and exits with code 2."""
+from mixtral_jax.checks import InputError, check_above_zero, check_at_least, check_choice
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line that says what to do. The exit code is 1."""
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        listed = ", ".join(repr(c) for c in choices)
-        raise InputError(f"{name}={value!r} is not one of {listed}")
-
-
-def check_at_least(section: object, prefix: str, minimum: float, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        if value is not None and not value >= minimum:
-            raise InputError(f"{prefix}.{name}={value} must be at least {minimum}")
-
-
-def check_above_zero(section: object, prefix: str, *names: str, empty: str = "") -> None:
-    for name in names:
-        value = getattr(section, name)
-        if value is not None and not value > 0:
-            raise InputError(f"{prefix}.{name}={value} must be above 0{empty}")
 
 
 LEAST = 2.0**-126  # float32's smallest normal number: on devices a smaller one is 0
@@ -71,6 +49,7 @@ class ModelConfig:
     intermediate_size: int = 14336
     """Hidden width of one expert (F)."""
     num_hidden_layers: int = 32
+    """Layers of attention and experts, one after another."""
     num_attention_heads: int = 32
     """Query heads (N)."""
     num_key_value_heads: int = 8
@@ -82,7 +61,9 @@ class ModelConfig:
     num_experts_per_tok: int = 2
     """Experts that each token visits (C, the paper's k)."""
     rope_theta: float = 1e6
+    """Base of the rotary position embedding: pair i of H / 2 turns by base^(-2i / H) a position."""
     rms_norm_eps: float = 1e-5
+    """Added to the mean square that RMSNorm divides by the root of."""
     max_position_embeddings: int = 32768
     """Longest sequence, in tokens, for training and for prompt plus answer."""
     initializer_range: float = 0.02
@@ -236,6 +217,7 @@ class TrainingConfig:
     schedule: str = "cosine"
     """What follows the warm-up: cosine, linear, constant or warmup_stable_decay."""
     warmup_steps: int = 100
+    """Steps in which the learning rate rises from 0 to its peak, in a line."""
     decay_fraction: float = 0.2
     """Share of the steps that warmup_stable_decay spends decaying, at the end."""
     final_learning_rate_ratio: float = 0.1
@@ -243,18 +225,23 @@ class TrainingConfig:
     weight_decay: float = 0.1
     """AdamW's decay; on matrices only."""
     adam_beta1: float = 0.9
+    """Decay a step of AdamW's mean of gradients."""
     adam_beta2: float = 0.95
+    """Decay a step of AdamW's mean of squared gradients."""
     adam_eps: float = 1e-8
+    """Added to the root of that mean, which the update is divided by."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0 switches clipping off."""
     z_loss_weight: float = 0.0
     """Weight of the mean squared logsumexp of the output logits."""
     log_every: int = 10
+    """Steps between training lines of metrics.jsonl; the last step has one too."""
     checkpoint_every: int = 500
+    """Steps between checkpoints; the last step has one too."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints stay, beside the best one."""
     validate_every: int = 500
-    """Steps between validations; 0 switches validation off."""
+    """Steps between validations, beside those at every checkpoint; 0 switches validation off."""
     validation_batches: int = 20
     """Batches of held-out text scored each time."""
     max_skipped_steps: int = 10
@@ -311,12 +298,6 @@ class SourceConfig:
     weight: float = 1.0
     """Share of the documents drawn from this source, relative to the others; empty ones count."""
 
-    def __post_init__(self) -> None:
-        if not self.files:
-            raise InputError("data.train: a source needs files: GLOB")
-        if not self.weight > 0:
-            raise InputError(f"data.train: weight={self.weight} of {self.files} must be above 0")
-
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -346,7 +327,16 @@ class DataConfig:
         check_at_least(self, "data", 1, "interleave")
         check_choice("data.malformed", self.malformed, ("skip", "error"))
         if not 0 <= self.validation_fraction < 1:
-            raise InputError(f"data.validation_fraction={self.validation_fraction} not in 0..1")
+            fraction = f"data.validation_fraction={self.validation_fraction}"
+            raise InputError(f"{fraction} must be at least 0 and below 1")
+        for key in ("train", "validation"):
+            for source in getattr(self, key):
+                if not source.files:
+                    raise InputError(f"data.{key}: a source needs files: GLOB")
+                if not source.weight > 0:
+                    raise InputError(
+                        f"data.{key}: weight={source.weight} of {source.files} must be above 0"
+                    )
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
+import ast
 import dataclasses
+import inspect
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixtral_jax import config as config_module
 from mixtral_jax import config_io
 from mixtral_jax.config import (
     PRESETS,
@@ -114,6 +117,14 @@ def test_the_example_has_every_key_and_no_default(section):
     assert EVERY_KEY[section].keys() == fields
     defaults = dataclasses.asdict(SECTIONS[section]())
     assert not [key for key, value in EVERY_KEY[section].items() if value == defaults[key]]
+
+
+def test_every_key_has_its_meaning_below_it():
+    classes = [c for c in ast.parse(inspect.getsource(config_module)).body if hasattr(c, "bases")]
+    for section in classes:
+        for field, below in zip(section.body, [*section.body[1:], None]):
+            told = isinstance(below, ast.Expr) or section.name == "Config"
+            assert told or not isinstance(field, ast.AnnAssign), f"{section.name}.{field.target.id}"
 
 
 def test_every_key_comes_back_from_yaml(tmp_path):
@@ -472,10 +483,12 @@ def test_training_values_are_checked(training, words):
         ({"source": "web"}, ["data.source='web'", "'synthetic'"]),
         ({"malformed": "ignore"}, ["data.malformed='ignore'"]),
         ({"interleave": 0}, ["data.interleave=0", "at least 1"]),
-        ({"validation_fraction": 1}, ["data.validation_fraction=1"]),
+        ({"validation_fraction": 1}, ["data.validation_fraction=1.0 must be", "and below 1"]),
         ({"train": [5]}, ["data.train", "5", "glob"]),
-        ({"train": {"weight": 2}}, ["data.train", "files"]),
-        ({"train": {"files": "a", "weight": 0}}, ["data.train", "weight=0", "a"]),
+        ({"train": {"weight": 2}}, ["data.train: a source needs files"]),
+        ({"train": {"files": "a", "weight": 0}}, ["data.train: weight=0", "a"]),
+        ({"validation": {"weight": 1}}, ["data.validation: a source needs files"]),
+        ({"validation": {"files": "a", "weight": 0}}, ["data.validation", "weight"]),
         ({"train": "a.txt"}, ["data.tokenizer", "train"]),
     ],
 )
