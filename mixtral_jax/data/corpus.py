@@ -152,3 +152,19 @@ def open_corpus(config: Config) -> Corpus:
     globs = tuple(source.files for source in data.train)
     weights = tuple(source.weight for source in data.train)
     return Corpus(documents, tuple(train), globs, weights, held_out, malformed, files)
+    return Corpus(tuple(train), weights, held_out, malformed, files)
+
+
+def check_source(config: Config) -> None:
+    """Check that a run reads the text it names; random tokens in its place look the same.
+
+    Raises:
+      InputError: if data.source is not files and other keys name some.
+    """
+    data = config.data
+    named = [f"data.{key}" for key in ("train", "validation", "tokenizer") if getattr(data, key)]
+    if named and data.source != "files":
+        raise InputError(
+            f"data.source={data.source} makes random tokens, and {' and '.join(named)} would go "
+            f"unread: set data.source=files, or leave {' and '.join(named)} empty"
+        )

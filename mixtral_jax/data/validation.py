@@ -46,9 +46,11 @@ def validation_set(
     corpus = corpus or open_corpus(config)
     if not len(corpus.held_out):
         documents = sum(map(len, corpus.train))
+        some = f"{documents} documents" if documents > 1 else "one document"
+        more = "raise it, " if max(map(len, corpus.train)) > 1 else ""
         raise InputError(
-            f"data.validation_fraction={config.data.validation_fraction} of {documents} documents "
-            "holds none out: raise it, name data.validation, or set training.validate_every=0"
+            f"data.validation_fraction={config.data.validation_fraction} of {some} holds none "
+            f"out: {more}name data.validation, or set training.validate_every=0"
         )
     training = config.training
     rows = training.validation_batches * training.batch_size

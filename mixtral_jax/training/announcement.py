@@ -24,6 +24,8 @@ def announcement(
         f"{training.batch_size} x {training.sequence_length} tokens a step on {described(mesh)}",
         "kernels: " + ", ".join(f"{key} {name}" for key, name in kernels.items()),
     ]
+    if config.data.source == "synthetic":
+        lines.append("data: random tokens (data.source=synthetic)")
     if held_out is not None and held_out.left_out:
         lines.append(
             f"validation: {held_out.documents} held-out documents; {held_out.left_out} more have "

@@ -16,13 +16,14 @@ from mixtral_jax import sharding
 from mixtral_jax.command_line import StartUp, give_back_memory, interruptions, one_line
 from mixtral_jax.config import Config, InputError, TrainingError
 from mixtral_jax.data.batches import train_batches
+from mixtral_jax.data.corpus import check_source
 from mixtral_jax.data.packing import Batch
 from mixtral_jax.data.validation import validation_set
 from mixtral_jax.interop.models import open_checkpoint
 from mixtral_jax.training import report, run_folder
 from mixtral_jax.training.announcement import announcement
 from mixtral_jax.training.checkpoint import FOLDER, Checkpoints, Extras
-from mixtral_jax.training.metrics import Clock, Reporter, training_record
+from mixtral_jax.training.metrics import Clock, Reporter, say, training_record, warnings_said
 from mixtral_jax.training.placement import Placement, on_any_host
 from mixtral_jax.training.step import (
     TrainState,
@@ -47,7 +48,7 @@ def train(config: Config) -> None:
     sharding.start(config.mesh)
     mesh = sharding.mesh_from_config(config.mesh)
     start_up.end("devices")
-    with jax.set_mesh(mesh), run_folder.Hold() as hold:
+    with jax.set_mesh(mesh), run_folder.Hold() as hold, warnings_said():
         kernels_of_step(config)
         try:
             run = Run(config, mesh, start_up, hold)
@@ -72,6 +73,8 @@ class Run:
         self.config, self.mesh, self._start_up = config, mesh, start_up
         self._profiling, self.last_validation, self._saved = False, None, 0
         begun = run_folder.check(config)
+        if not begun:
+            check_source(config)
         folder = pathlib.Path(config.run.dir)
         if begun:
             hold.take(folder)
@@ -80,7 +83,7 @@ class Run:
         corpus = self.files = self.tokenizer = None
         if config.data.source == "files":
             checkpoint = checkpoints and checkpoints.folder / str(self.first)
-            corpus, self.tokenizer = open_texts(config, checkpoint, _say)
+            corpus, self.tokenizer = open_texts(config, checkpoint, say)
             self.files = corpus.files
         self.batches = train_batches(config, self.tokenizer, self.placement.rows, corpus)
         self.held_out = None
@@ -118,11 +121,11 @@ class Run:
         config, step = self.config, self.first
         state, extras = checkpoints.restore(step, abstract_train_state(config, self.mesh))
         for path in checkpoints.set_aside_after(step):
-            _say(f"moved the newer checkpoint to {path}")
+            say(f"moved the newer checkpoint to {path}")
         checkpoints.close()
         self.batches.restore(extras.data_state[self.placement.rows], step)
         self._saved = step
-        _say(f"resuming {config.run.dir} at step {step}")
+        say(f"resuming {config.run.dir} at step {step}")
         return state
 
     def _fresh_state(self) -> TrainState:
@@ -131,22 +134,22 @@ class Run:
         if not config.model.checkpoint:
             return initial_state(config, self.mesh)
         model = open_checkpoint(config.model.checkpoint).load(config.model, self.mesh)
-        _say(f"starting from the weights in {config.model.checkpoint}")
+        say(f"starting from the weights in {config.model.checkpoint}")
         return state_from(nnx.state(model), config, self.mesh)
 
     def loop(self) -> None:
         """Step until training.steps, or until told to stop."""
         training, steps = self.config.training, self.config.training.steps
         if self.first >= steps:
-            _say(f"{self.folder} is complete at step {self.first}: raise training.steps to go on")
+            say(f"{self.folder} is complete at step {self.first}: raise training.steps to go on")
             if not (self.folder / report.FILE).exists():
                 self._finish()
             return
         for line in announcement(self.config, self.mesh, self.held_out, self.first):
-            _say(line)
+            say(line)
         train_step, seconds = self._compiling.result()
         give_back_memory()
-        _say(f"compiled in {seconds:.1f} s")
+        say(f"compiled in {seconds:.1f} s")
         self._start_up.end("compiling")
         clock, dropped = Clock(), 0.0
         with interruptions(signal.SIGTERM) as told:
@@ -159,7 +162,7 @@ class Run:
                 dropped += metrics.statistics.dropped.sum()
                 if step == self.first + 1:
                     self._start_up.end("the step")
-                    self.reporter.say(self._start_up.report("step"))
+                    say(self._start_up.report("step"))
                 clock.steps += 1
                 record = None
                 if step % training.log_every == 0 or step == steps:
@@ -174,7 +177,7 @@ class Run:
                         self.reporter.write(record)
                     self._save(step, None)
                     self.checkpoints.wait()
-                    self.reporter.say(f"stopped by a signal; saved at step {step}")
+                    say(f"stopped by a signal; saved at step {step}")
                     return
                 with clock.paused():
                     self._validate_and_save(step, int(metrics.skipped_in_a_row))
@@ -188,7 +191,7 @@ class Run:
             if jax.process_count() == 1 and step - 1 > self._saved:
                 self._save(step - 1, None)
                 self.checkpoints.wait()
-                self.reporter.say(f"saved at step {step - 1}")
+                say(f"saved at step {step - 1}")
             raise
 
     def _compile(self) -> tuple[Callable, float]:
@@ -203,7 +206,7 @@ class Run:
     def _check(self, step: int, row: int) -> None:
         """Stop the run if too many steps in a row were skipped."""
         if row and (row == 1 or row % 10 == 0):
-            self.reporter.say(f"step {step}: loss or gradient not finite; {row} in a row skipped")
+            say(f"step {step}: loss or gradient not finite; {row} in a row skipped")
         if row >= self.config.training.max_skipped_steps:
             raise TrainingError(
                 f"loss or gradient was not finite in {row} steps in a row, the last of them step "
@@ -223,7 +226,7 @@ class Run:
         if self._profiling:
             self._profiling = False
             jax.profiler.stop_trace()
-            self.reporter.say(f"profile: {self.folder}/profile")
+            say(f"profile: {self.folder}/profile")
 
     # ---- validation and checkpoints ------------------------------------------------------------
 
@@ -237,7 +240,7 @@ class Run:
         # The weights, which skipped steps leave as they were, may be at fault: many saves of them
         # would push out good ones. One where a run ends, or is stopped, loses nothing.
         if save and skipped and not last:
-            self.reporter.say(f"step {step}: not saved, as {skipped} steps in a row were skipped")
+            say(f"step {step}: not saved, as {skipped} steps in a row were skipped")
         elif save:
             self._save(step, loss)
 
@@ -295,8 +298,3 @@ class Run:
         self.batches.close()
         self.reporter.close()
         self.checkpoints.close()
-
-
-def _say(text: str) -> None:
-    if jax.process_index() == 0:
-        print(one_line(text), flush=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import pathlib
 import sys
@@ -100,6 +101,35 @@ class Clock:
         self._began += time.perf_counter() - now
 
 
+def say(text: str) -> None:
+    """Print a line on the first host, above the progress bar if there is one."""
+    if jax.process_index() == 0:
+        _print(text)
+
+
+def _print(text: str) -> None:
+    tqdm.write(one_line(text))
+    sys.stdout.flush()
+
+
+class _Printed(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _print(record.getMessage())
+
+
+@contextlib.contextmanager
+def warnings_said() -> Iterator[None]:
+    """A block in which what the project warns of is printed as `say` does, on every host."""
+    logger, handler = logging.getLogger(__name__.partition(".")[0]), _Printed()
+    before, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
+
+
 class Reporter:
     """Writes records on the first host, and moves the progress bar there."""
 
@@ -115,6 +145,7 @@ class Reporter:
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self._bar = tqdm(
             total=steps,
+            disable=first_step >= steps,
             initial=first_step,
             unit="step",
             dynamic_ncols=True,
@@ -148,11 +179,6 @@ class Reporter:
                 text += f", {record['skipped_steps']} steps skipped"
             self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(step - self._bar.n)
-
-    def say(self, text: str) -> None:
-        """Print a line above the progress bar."""
-        if self._active:
-            self._bar.write(one_line(text))
 
     def close(self) -> None:
         if self._active:

@@ -67,11 +67,10 @@ def check(config: Config) -> bool:
         raise InputError(f"{folder / CONFIG}: {error}; choose another run.dir") from None
     wrong = differences(begun, config)
     if wrong:
-        key, old, new = wrong[0]
-        more = f" (and {len(wrong) - 1} more keys)" if len(wrong) > 1 else ""
+        told = "; ".join(f"{key}={old}, not {new}" for key, old, new in wrong)
         raise InputError(
-            f"run.dir={folder} holds a run with {key}={old}, not {new}{more}: choose another "
-            f"run.dir, or remove that one to start again"
+            f"run.dir={folder} holds a run with {told}: choose another run.dir, or remove that "
+            "one to start again"
         )
     return True
 

@@ -180,6 +180,8 @@ def test_documents_may_fill_the_last_batch_exactly(make_config, tmp_path, tokeni
 def test_nothing_held_out_says_what_to_do(make_config, folder, tokenizer):
     with pytest.raises(InputError, match=r"fraction=0\.0 of 54 documents holds none out: raise"):
         validation_set(make_config(f"{folder}/*.txt"), tokenizer)
+    with pytest.raises(InputError, match=r"of one document holds none out: name data.validation"):
+        validation_set(make_config(f"{folder}/000.txt"), tokenizer)
 
 
 def test_synthetic_validation(make_config):

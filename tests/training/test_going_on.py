@@ -234,6 +234,7 @@ def test_what_a_user_may_not_expect_is_said_at_the_start(tmp_path, capfd):
     said = capfd.readouterr().out
     assert "training.warmup_steps=3 is not less than training.steps=3: the learning rate" in said
     assert "training.profile_steps=7:9: no such step is left" in said
+    assert "data: random tokens" in said
     assert not (tmp_path / "run" / "profile").exists()
 
 

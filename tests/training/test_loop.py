@@ -1,7 +1,11 @@
 """Runs: metrics, resuming, signals, failing, run folders; in this process, with tiny models."""
 
+import contextlib
+import dataclasses
+import io
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -13,7 +17,7 @@ from tiny import make_config
 
 import mixtral_jax
 from mixtral_jax import config_io, sharding
-from mixtral_jax.config import InputError, SourceConfig, TrainingError
+from mixtral_jax.config import InputError, RunConfig, SourceConfig, TrainingError
 from mixtral_jax.data.tokenizer import train_tokenizer
 from mixtral_jax.interop import folders, own, own_arrays
 from mixtral_jax.model.mixtral import initialize
@@ -126,6 +130,26 @@ def test_a_damaged_newest_checkpoint_can_be_set_aside(whole, tmp_path):
     assert (folder / "set-aside-checkpoints-6").is_dir()
 
 
+def test_what_is_said_and_warned_of_has_lines_of_its_own_beside_the_bar(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one and the other"}\nnot JSON\n')
+    text = train_tokenizer(["one and the other, of some words\n"] * 9, 290)
+    text.save(tmp_path / "some.model")
+    named = (SourceConfig(f"{tmp_path}/a.jsonl"),), 0, f"{tmp_path}/some.model"
+    data = dict(zip(("train", "validation_fraction", "tokenizer"), named), source="files")
+    training = {"steps": 2, "validate_every": 0}
+    config = synthetic(tmp_path / "run", data=data, model={"vocab_size": 290}, training=training)
+    screen = io.StringIO()
+    with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
+        loop.train(config)
+    for said in ("Mixtral of", "kernels: ", "compiled in", "first step", "skipped .*not JSON; "):
+        assert re.search(rf"(^|[\r\n]){said}[^\r\n]*\n", screen.getvalue()), said
+    screen.truncate(0)
+    with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
+        loop.train(config)
+    assert "complete at step 2" in screen.getvalue()
+    assert "00:00" not in screen.getvalue()
+
+
 def test_steps_that_are_not_finite_stop_the_run(tmp_path, capfd):
     training = {"learning_rate": 1e30, "max_skipped_steps": 3, "warmup_steps": 0, "steps": 30}
     with pytest.raises(TrainingError, match=r"not finite in 3 steps in a row.*learning_rate"):
@@ -172,6 +196,10 @@ def test_text_is_scored_in_bits_per_byte(tmp_path):
         ({"model": {"exchange": "ragged"}, "mesh": {"expert": 2}}, "does not run on cpu"),
         ({"mesh": {"expert": 4, "data": 4}, "training": {"batch_size": 16}}, "needs 16 devices"),
         ({"data": {"source": "files"}}, "data.train is empty"),
+        (
+            {"data": {"train": (SourceConfig("/no/such"),), "tokenizer": "t"}},
+            "data.train and data.tokenizer would go unread: set data.source=files",
+        ),
     ],
 )
 def test_what_only_the_machine_can_refuse_is_refused_before_writing(tmp_path, sections, message):
@@ -182,8 +210,10 @@ def test_what_only_the_machine_can_refuse_is_refused_before_writing(tmp_path, se
 
 def test_another_runs_folder_is_left_alone(whole):
     before = sorted((p, p.stat().st_mtime_ns) for p in whole.rglob("*"))
-    with pytest.raises(InputError, match=r"training.learning_rate=0.01, not 0.5"):
-        loop.train(synthetic(whole, mesh={"expert": 2}, training={"learning_rate": 0.5}))
+    config = synthetic(whole, mesh={"expert": 2}, training={"learning_rate": 0.5})
+    config = dataclasses.replace(config, run=RunConfig(config.run.dir, seed=1))
+    with pytest.raises(InputError, match=r"learning_rate=0.01, not 0.5; run.seed=0, not 1: choose"):
+        loop.train(config)
     assert sorted((p, p.stat().st_mtime_ns) for p in whole.rglob("*")) == before
 
 
