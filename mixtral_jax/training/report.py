@@ -25,6 +25,7 @@ STYLE = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.edgecolor": FAINT,
+    "axes.formatter.useoffset": False,
     "axes.spines.top": False,
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -164,11 +165,8 @@ def draw_report(
         figure = Figure(figsize=(16, 11), dpi=100, layout="constrained")
         FigureCanvasAgg(figure)
         _draw(figure, training, validation, balanced_value, dict(compressors or {}))
-        figure.suptitle(
-            _headline(run_dir.resolve().name, training, validation),
-            fontsize=19,
-            fontweight="bold",
-        )
+        headline = _headline(run_dir.resolve().name, training, validation)
+        figure.suptitle(headline, fontsize=19, fontweight="bold")
         try:
             figure.savefig(unfinished, format="png")
             os.replace(unfinished, path)
@@ -210,7 +208,6 @@ def _draw_curve(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str) -
     marker = "o" if len(steps) == 1 else ""
     axes.plot(steps, values, color=BLUE, linewidth=1, alpha=0.35)
     axes.plot(steps, smooth(values), color=BLUE, linewidth=2.5, marker=marker, label=label)
-    axes.margins(x=0.01)
 
 
 def _cut_start(
@@ -225,6 +222,14 @@ def _cut_start(
         axes.set_ylim(inside.min() - margin, inside.max() + margin)
 
 
+def _number_steps(axes: Axes, steps: np.ndarray, bins: int | str = "auto") -> None:
+    """Whole numbers along the axis; one step alone stands between the two beside it."""
+    axes.margins(x=0.01)
+    axes.xaxis.get_major_locator().set_params(nbins=bins, integer=True)
+    if len(steps) == 1:
+        axes.set_xlim(steps[0] - 1, steps[0] + 1)
+
+
 def _draw_loss(
     axes: Axes, training: list[dict], validation: list[dict], compressors: dict[str, float]
 ) -> None:
@@ -235,7 +240,7 @@ def _draw_loss(
     marks = [y for line in axes.lines[2:] for y in line.get_ydata()]
     _cut_start(axes, steps, loss, loss, marks)
     axes.set(title="Loss", xlabel="step", ylabel="nats per token")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _number_steps(axes, steps)
     axes.legend(loc="upper right")
 
 
@@ -270,24 +275,23 @@ def _draw_balance(axes: Axes, training: list[dict], balanced_value: float) -> No
     axes.axhline(balanced_value, color=GREEN, linestyle="--", linewidth=1.5)
     _cut_start(axes, steps, value, value, [balanced_value])
     axes.set(title=f"Load-balancing loss (even: {balanced_value:g})")
-    axes.xaxis.get_major_locator().set_params(nbins=5, integer=True)
+    _number_steps(axes, steps, bins=5)
     axes.tick_params(labelbottom=False)
 
 
 def _draw_busiest(axes: Axes, training: list[dict]) -> None:
-    axes.set(title="Busiest expert (even: 1)", xlabel="step", ylabel="load / mean")
-    axes.xaxis.get_major_locator().set_params(nbins=5, integer=True)
-    axes.margins(x=0.01)
+    axes.set(title="Busiest expert (even: 1)", ylabel="load / mean")
+    axes.set_xlabel("step (band: all layers, line: their mean)")
     axes.axhline(1, color=GREEN, linestyle="--", linewidth=1.5)
     steps, load = _table(training, "expert_load_max_over_mean")
+    _number_steps(axes, steps, bins=5)
     if not len(steps):
         return
     low, high = load.min(axis=1), load.max(axis=1)
-    axes.fill_between(steps, low, high, color=BLUE, alpha=0.2, linewidth=0, label="all layers")
+    axes.fill_between(steps, low, high, color=BLUE, alpha=0.2, linewidth=0)
     marker = "o" if len(steps) == 1 else ""
-    axes.plot(steps, load.mean(axis=1), color=BLUE, linewidth=2, marker=marker, label="their mean")
+    axes.plot(steps, load.mean(axis=1), color=BLUE, linewidth=2, marker=marker)
     _cut_start(axes, steps, low, high, [1.0])
-    axes.legend(loc="upper right", fontsize=11)
 
 
 def _draw_shares(axes: Axes, training: list[dict]) -> None:

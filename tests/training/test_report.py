@@ -139,10 +139,21 @@ def test_panels_show_the_recorded_values():
     busiest = panels["Busiest expert (even: 1)"].lines[1].get_ydata()
     load = [np.mean(line["expert_load_max_over_mean"]) for line in lines]
     np.testing.assert_allclose(busiest, load)
+    assert panels["Busiest expert (even: 1)"].get_legend() is None  # it would cover them
     bands = panels["Share of tokens per expert"].collections
     assert len(bands) == EXPERTS
     image = panels["Last step's load (even: 1)"].images[0].get_array()
     np.testing.assert_allclose(image, np.array(lines[-1]["expert_share"]) * EXPERTS)
+
+
+def test_a_step_alone_stands_between_whole_numbers():
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    report._draw(figure, [training_line(2)], [], 2.0, {})
+    for axes in figure.axes[:3]:
+        low, high = axes.get_xlim()
+        assert [x for x in axes.get_xticks() if low <= x <= high] == [1, 2, 3], axes.get_title()
 
 
 @pytest.mark.parametrize(
