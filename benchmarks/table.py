@@ -39,7 +39,9 @@ def _table(benchmark: str, machine: str, versions: str, date: str, lines: list[d
 
 
 def _words(key: str) -> str:
-    return key.replace("_", " ")
+    """The key as a heading; seconds, which _text may write as ms, are a time."""
+    words = key.replace("_", " ")
+    return words.removesuffix("seconds") + "time" if key.endswith("seconds") else words
 
 
 def _text(key: str, value) -> str:

@@ -327,7 +327,7 @@ def test_a_table(monkeypatch):
     assert actual == (
         "**x**: 2 cores; jax 1; 2026-11-25\n"
         "rows 7\n\n"
-        "| body | seconds | of limit | sent bytes |\n"
+        "| body | time | of limit | sent bytes |\n"
         "| --- | --- | --- | --- |\n"
         "| a | 12.5 ms | 50.0% |  |\n"
         "| b | 2.5 s |  | 3 MB |\n\n"
