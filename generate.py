@@ -30,7 +30,10 @@ import os
 import sys
 from collections.abc import Iterable
 
-from mixtral_jax.command_line import OutputError, Parser, report, with_huge_pages
+try:
+    from mixtral_jax.command_line import OutputError, Parser, report, with_huge_pages
+except ModuleNotFoundError as error:  # this Python is not that of the environment
+    sys.exit(f"error: {error}")
 from mixtral_jax.config import InputError
 from mixtral_jax.generation import prompts, request
 

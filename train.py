@@ -7,7 +7,10 @@ several such slices. With --compile-only h200:8 for the GPUs of a host, of memor
 
 import sys
 
-from mixtral_jax import config_io
+try:
+    from mixtral_jax import config_io
+except ModuleNotFoundError as error:  # this Python is not that of the environment
+    sys.exit(f"error: {error}")
 from mixtral_jax.command_line import Parser, report, with_huge_pages
 from mixtral_jax.config import InputError, TrainingError
 from mixtral_jax.interop import folders

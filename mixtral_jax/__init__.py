@@ -8,6 +8,15 @@ logits_BLV = model(token_ids_BL)
 mixtral_jax.save_model(model, tokenizer, "copy", "huggingface")
 """
 
+import importlib.util
+import sys
+
+if importlib.util.find_spec("jax") is None:
+    raise ModuleNotFoundError(
+        f"{sys.executable} has no jax: activate the project's environment (make setup; "
+        "source .venv/bin/activate), or pip install -r requirements.txt"
+    )
+
 __all__ = ["load_model", "save_model"]
 
 

@@ -245,7 +245,7 @@ def with_sizes(values: dict, sizes_of: typing.Callable[[str], dict]) -> dict:
     if model.get("preset"):
         raise InputError(
             f"model.preset={model['preset']}: model.checkpoint={checkpoint} decides the sizes; "
-            "leave one of them out"
+            "leave one of them out (model.preset= on the command line)"
         )
     sizes = sizes_of(str(checkpoint))
     hints = typing.get_type_hints(ModelConfig)

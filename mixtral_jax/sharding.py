@@ -107,10 +107,12 @@ def make_mesh(
     devices = jax.devices() if devices is None else list(devices)
     wanted = math.prod(sizes)
     if wanted > len(devices):
-        axes = ", ".join(f"mesh.{a}={n}" for a, n in zip(AXES, sizes, strict=True) if n > 1)
+        axes = [f"{a}={n}" for a, n in zip(AXES, sizes, strict=True) if n > 1]
+        start = f"sharding.start(MeshConfig({', '.join(axes)}))"
         raise InputError(
-            f"a mesh of {axes} needs {wanted} devices, and this machine has {len(devices)} "
-            f"({devices[0].device_kind}): use a smaller mesh"
+            f"a mesh of {', '.join(f'mesh.{axis}' for axis in axes)} needs {wanted} devices, and "
+            f"this machine has {len(devices)} ({devices[0].device_kind}): use a smaller mesh"
+            + (f", or {start} before JAX uses the CPU" if devices[0].platform == "cpu" else "")
         )
     devices = devices[:wanted]
     slices = len({d.slice_index for d in devices}) if hasattr(devices[0], "slice_index") else 1

@@ -141,7 +141,9 @@ def test_too_few_devices_end_the_program_in_one_line(config_file, tmp_path):
     folder = tmp_path / "run"
     done = run_train(config_file, "mesh.expert=4", f"run.dir={folder}", env=flags, check=False)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: a mesh of mesh.expert=4 needs 4 devices")
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("error: a mesh of mesh.expert=4 needs 4 devices, and this machine has 2")
+    assert "sharding.start(MeshConfig(expert=4)) before" in said
     assert "Traceback" not in done.stderr
     assert not folder.exists()
 
@@ -160,6 +162,12 @@ sys.exit("jax" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["train.py", "generate.py"])
+def test_a_python_without_the_packages_is_named_in_one_line(command):
+    done = subprocess.run([sys.executable, "-S", command], cwd=ROOT, capture_output=True, text=True)
+    assert re.fullmatch(r"error: \S+ has no jax: activate .*\n", done.stderr)
 
 
 def test_a_start_is_timed_from_when_the_process_began():

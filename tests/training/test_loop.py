@@ -317,7 +317,7 @@ def test_sizes_that_contradict_the_weights_are_refused(weights, tmp_path):
     folder, _, _ = weights
     with pytest.raises(InputError, match=r"model.hidden_size=48, but model.checkpoint=.* has 24"):
         from_weights(tmp_path, folder, hidden_size=48)
-    with pytest.raises(InputError, match=r"model.preset=mixtral_8x7b: model.checkpoint=.* decides"):
+    with pytest.raises(InputError, match=r"model.preset=mixtral_8x7b: .* \(model.preset= on the"):
         from_weights(tmp_path, folder, preset="mixtral_8x7b")
     with pytest.raises(InputError, match=r"checkpoint folder .*none does not exist"):
         from_weights(tmp_path, tmp_path / "none")
