@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -181,6 +183,13 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, name):
 def test_the_saved_config_does_not_go_back_again(tmp_path):
     run_folder.write(make_config(run={"dir": str(tmp_path), "resume_step": 3}))
     assert "resume_step: null" in (tmp_path / "config.yaml").read_text()
+
+
+def test_what_may_change_is_documented():
+    told = (pathlib.Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    for section, keys in run_folder.MAY_CHANGE.items():
+        (row,) = re.findall(rf"^\| `{section}` \|(.*)", told, re.M)
+        assert section == "mesh" or set(re.findall(r"`(\w+)`", row)) - {section} == keys
 
 
 # ---- nothing is silent -------------------------------------------------------------------------

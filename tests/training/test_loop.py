@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -24,6 +25,7 @@ from mixtral_jax.model.mixtral import initialize
 from mixtral_jax.training import loop
 from mixtral_jax.training.metrics import Reporter
 
+ROOT = pathlib.Path(__file__).parents[2]
 TIMES = ("tokens_per_second", "step_seconds")
 
 
@@ -66,6 +68,8 @@ def test_a_run_folder_has_what_it_promises(whole):
     keys = {"step", "loss", "load_balance", "router_z", "grad_norm", "learning_rate"}
     keys |= {"dropped_tokens", "skipped_steps", "expert_load_max_over_mean", "expert_share"}
     assert set(training[0]) == keys
+    told = (ROOT / "docs" / "training.md").read_text()
+    assert all(f"| `{key}` |" in told for key in {*keys, *validation[0], *TIMES})
     last = training[-1]
     assert last["dropped_tokens"] == last["skipped_steps"] == 0
     for load, share in zip(last["expert_load_max_over_mean"], last["expert_share"], strict=True):
