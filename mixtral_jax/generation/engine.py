@@ -16,8 +16,10 @@ before it made. An answer that ends by what the model says costs one step in vai
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,6 +48,8 @@ from mixtral_jax.model.unstacked import converts_blocks, in_layers, unstacked
 
 PART = Serving.part
 ROWS = 8
+SLOW = 0.01
+"""Seconds from which an iterator's next request had better not be waited for too."""
 _END: Any = object()
 
 
@@ -140,7 +144,9 @@ class Engine:
         return Request(ids, Options(**options))
 
     def stream(self, request: Request) -> Iterator[Event]:
-        """Answer one request, a token at a time. Stopping early leaves the engine as good as new.
+        """Answer one request, a token at a time.
+
+        Once the stream is closed, or dropped, the engine is as good as new, however early.
 
         Raises:
           InputError: at once, if it cannot be answered.
@@ -179,15 +185,21 @@ class Engine:
         one event, whose answer says why; the others go on. So does an answer end whose logits are
         not finite.
 
+        An iterator is asked for the next request between turns, where a row is free, after all
+        that has been made was given: while it waits, so do the answers in progress.
+
         Raises:
           RuntimeError: if it is answering already.
           TypeError: for what is no Request.
         """
         if self._busy:
-            raise RuntimeError("the engine is answering already: give it all requests together")
+            raise RuntimeError(
+                "the engine is answering already: give it all requests together, and close() the "
+                "stream that you left"
+            )
         self._busy = True
         try:
-            yield from self._run(iter(requests))
+            yield from self._run(iter(requests), isinstance(requests, Collection))
         finally:
             self._busy = False
             self._scheduler.end()
@@ -220,14 +232,22 @@ class Engine:
 
     # ---- turns ---------------------------------------------------------------------------------
 
-    def _run(self, requests: Iterator[Request]) -> Iterator[Event]:
+    def _run(self, requests: Iterator[Request], at_hand: bool) -> Iterator[Event]:
+        """Args: at_hand: whether no request need be waited for."""
         self._scheduler.begin()
         waiting: deque[Task] = deque()
         ahead: deque[list[Turn]] = deque()
         number, more = 0, True
         while True:
-            while more and len(waiting) < self.rows:
+            if more and not at_hand and len(waiting) < self._scheduler.free:
+                for turn in itertools.chain(*ahead):
+                    yield from self._read(turn)
+                ahead.clear()
+            most = self.rows if at_hand else self._scheduler.free
+            while more and len(waiting) < most:
+                began = time.monotonic()
                 request = next(requests, _END)
+                slow = not number or time.monotonic() - began > SLOW  # the first waits for none
                 if request is _END:
                     more = False
                     break
@@ -238,6 +258,8 @@ class Engine:
                 else:
                     waiting.extend(self._tasks(number, request))
                 number += 1
+                if slow and not at_hand and jax.process_count() == 1:  # hosts read in step
+                    break
             fresh = self._scheduler.fresh  # turns() ends it
             turns = self._scheduler.turns(waiting)
             if turns:

@@ -62,6 +62,11 @@ class Scheduler:
         self.fresh = True
         """Until the first turns, which do not decode: a first token comes before that compiles."""
 
+    @property
+    def free(self) -> int:
+        """Rows without a task."""
+        return sum(row.task is None for row in self._rows)
+
     def warm_up(self, score: bool) -> None:
         """Compile every shape, those of scored prompts too if asked to."""
         with self._whole():

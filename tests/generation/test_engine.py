@@ -387,6 +387,32 @@ def test_requests_may_come_from_any_iterable_and_ids_in_any_array(expected):
     assert answers_of(engine_on(MESHES[0]), batch) == expected[:3]
 
 
+def test_an_iterator_is_asked_where_a_row_is_free_and_all_that_was_made_is_given(
+    expected, monkeypatch
+):
+    """So a request may be made of an answer; a slow iterator keeps no one waiting for two."""
+    engine = Engine(model_on(sharding.make_mesh()), rows=1, part=PART)
+    answers = []
+
+    def grown():
+        yield Request(PROMPTS[0][:3], GREEDY)
+        yield Request((*PROMPTS[0][:3], *answers[0].tokens), GREEDY)
+
+    for event in engine.run(grown()):
+        answers += [event.answer] if event.answer else []
+    assert len(answers) == 2
+    monkeypatch.setattr(engines, "SLOW", 0.0)
+    happened = []
+
+    def slow():
+        for number, prompt in enumerate(PROMPTS):
+            happened.append(number)
+            yield Request(prompt, GREEDY)
+
+    happened.extend(f"{event.request}:" for event in engine_on(MESHES[0]).run(slow()))
+    assert [happened.index(f"{n}:") < happened.index(n + 1) for n in (0, 1)] == [True, True]
+
+
 @pytest.mark.parametrize("thing", [None, "def f("], ids=str)
 def test_what_is_no_request_is_named(expected, thing):
     engine = engine_on(MESHES[0])
@@ -409,7 +435,7 @@ def test_one_stream_refuses_at_once_and_may_be_left(expected):
     before = jax.sharding.get_abstract_mesh()
     assert next(stream).token == expected[0][0]
     assert jax.sharding.get_abstract_mesh() == before
-    with pytest.raises(RuntimeError, match="answering already"):
+    with pytest.raises(RuntimeError, match=r"answering already: .* close\(\) the stream"):
         next(engine.run([]))
     with pytest.raises(RuntimeError, match="is answering"):
         engine.forget()
