@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import jax
@@ -11,6 +10,7 @@ from jax.experimental import multihost_utils
 
 from mixtral_jax import sharding
 from mixtral_jax.generation.answering import Task
+from mixtral_jax.generation.free_memory import free_memory
 from mixtral_jax.generation.programs import ENDS, NOTHING, Lanes, Rows
 from mixtral_jax.generation.request import Options
 from mixtral_jax.generation.rows import Part
@@ -112,8 +112,7 @@ def rows_that_fit(size: int, mesh: jax.sharding.Mesh) -> int:
         free = stats["bytes_limit"] - stats["bytes_in_use"]
         fit = shards * int(SHARE * free // (size / tensor))
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        fit = int(SHARE * free // size) * jax.process_count() // shards * shards
+        fit = int(SHARE * free_memory() // size) * jax.process_count() // shards * shards
     if jax.process_count() == 1:
         return fit
     return int(multihost_utils.process_allgather(np.int64(fit)).min())
