@@ -46,7 +46,8 @@ class Task:
     number: int
     index: int
     options: Options
-    prompt: tuple[int, ...]
+    prompt: np.ndarray
+    """int32."""
     prompt_text: str
     seed: int
     ends: tuple[int, ...]
@@ -81,7 +82,7 @@ class Task:
         eos: int | None,
     ) -> Task:
         """The n answers of a request differ by their seeds; the first has the request's own."""
-        options, tokens = request.options, tuple(map(int, request.tokens))
+        options, tokens = request.options, np.array(request.tokens, np.int32)
         seed = options.seed
         if index:
             seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
@@ -137,7 +138,7 @@ class Task:
         """Take the log-probabilities of the tokens after those of a part of the prompt."""
         for i in range(count):
             if start + i + 1 < len(self.prompt):
-                token = self.prompt[start + i + 1]
+                token = int(self.prompt[start + i + 1])
                 arrays = (found.chosen_B[i], found.top_ids_BN[i], found.top_BN[i])
                 entry = self._logprob(token, *arrays, self.options.prompt_logprobs)
                 self.prompt_logprobs.append(entry)

@@ -65,7 +65,7 @@ class Placing:
         row, use = np.zeros(self.shards, np.int32), np.zeros(self.shards, bool)
         for shard, task in tasks.items():
             row[shard], use[shard] = task.row % self._each, True
-            in_prompt[shard, list(task.prompt)] = True
+            in_prompt[shard, task.prompt] = True
             for token, value in task.options.logit_bias:
                 bias[shard, token] = value
         return self.split(row, use, in_prompt, bias)

@@ -230,12 +230,21 @@ def check_request(request: Request, vocabulary: int, context: int, name: str) ->
         "stop_token_ids: token": options.stop_token_ids,
     }
     for what, ids in tokens.items():
+        if _are_ids(ids, vocabulary):
+            continue
         for token in ids:
             if not _is_whole(token):
                 raise InputError(f"{name}: {what} {quote(token)} is not a whole number")
             if not 0 <= token < vocabulary:
                 raise InputError(f"{name}: {what} {token} is not in 0..{vocabulary - 1}")
     check_length(request, context, name)
+
+
+def _are_ids(tokens: Sequence[int], vocabulary: int) -> bool:
+    """Whether all are ids, without a look at each: a prompt may have many."""
+    kinds = set(map(type, tokens))
+    whole = all(issubclass(kind, numbers.Integral) and kind is not bool for kind in kinds)
+    return bool(kinds) and whole and min(tokens) >= 0 and max(tokens) < vocabulary
 
 
 def check_length(request: Request, context: int, name: str, fix: str | None = None) -> None:

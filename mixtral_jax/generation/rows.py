@@ -30,20 +30,33 @@ class Part(NamedTuple):
 class Row:
     """A row of the cache, as the host knows it."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: int):
         self.task: Task | None = None
         self.asks: Task | None = None
         """The task that it has, or had last."""
-        self.written: list[int] = []
-        """The tokens whose keys and values it holds, from its first place on."""
         self.used = 0
         """When it was taken last."""
         self.marked = False
         """Whether it has a history or a bias, which the next request must not inherit."""
+        self._tokens, self._count = np.empty(places, np.int32), 0
+
+    @property
+    def written(self) -> np.ndarray:
+        """The tokens whose keys and values it holds, from its first place on."""
+        return self._tokens[: self._count]
+
+    def clear(self) -> None:
+        """Let no request use what it holds."""
+        self._count = 0
+
+    def write(self, tokens: np.ndarray | list[int]) -> None:
+        """Note tokens in the places after those that are written."""
+        self._tokens[self._count : self._count + len(tokens)] = tokens
+        self._count += len(tokens)
 
 
 def choose(
-    rows: Sequence[Row], free: Sequence[int], prompt: Sequence[int]
+    rows: Sequence[Row], free: Sequence[int], prompt: np.ndarray
 ) -> tuple[int, int, int | None]:
     """Where a request begins.
 
@@ -64,14 +77,14 @@ def choose(
     return oldest, 0, None
 
 
-def common(written: Sequence[int], prompt: Sequence[int]) -> int:
+def common(written: np.ndarray, prompt: np.ndarray) -> int:
     """How many tokens two sequences have in common at their beginning."""
     count = min(len(written), len(prompt))
     for place, (one, other) in enumerate(zip(written[:4], prompt[:4])):  # as most differ
         if one != other:
             return place
-    differ = np.flatnonzero(np.asarray(written[:count]) != np.asarray(prompt[:count]))
-    return int(differ[0]) if differ.size else count
+    differ = written[:count] != prompt[:count]
+    return int(differ.argmax()) if differ.any() else count
 
 
 def capacity_for(tokens: int) -> int:

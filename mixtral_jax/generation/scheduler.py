@@ -55,7 +55,7 @@ class Scheduler:
     def __init__(self, devices: Devices, placing: Placing, places: int, part: int):
         """Args: places: of a row; part: most tokens of a prompt between two decoding steps."""
         self._devices, self._placing, self._places, self._part = devices, placing, places, part
-        self._rows = [Row() for _ in range(placing.rows)]
+        self._rows = [Row(places) for _ in range(placing.rows)]
         self._torn = False  # while what rows hold may not be what is noted of them
         self._lanes: list[list[Task]] = [[] for _ in range(placing.shards)]
         self._clock = 0
@@ -97,7 +97,7 @@ class Scheduler:
     def forget(self) -> None:
         """Let no later prompt use what the rows hold."""
         for row in self._rows:
-            row.written = []
+            row.clear()
 
     def pushed(self, task: Task) -> None:
         """A task's newest token has been read: its row holds what came before it.
@@ -106,8 +106,11 @@ class Scheduler:
         """
         row = self._rows[task.row]
         if row.asks is task:
-            failed = task.answer is not None and task.answer.error is not None
-            row.written = [] if failed else [*task.prompt, *task.tokens[:-1]]
+            if task.answer is not None and task.answer.error is not None:
+                row.clear()
+            else:
+                before = len(row.written) - len(task.prompt)
+                row.write(task.tokens[before:-1])
             if task.answer is not None:
                 row.task = None
 
@@ -125,7 +128,7 @@ class Scheduler:
         """
         if self._torn:
             self._devices.begin_anew()
-            self._rows = [Row() for _ in self._rows]
+            self._rows = [Row(self._places) for _ in self._rows]
         self._torn = True
         yield
         self._torn = False
@@ -177,7 +180,7 @@ class Scheduler:
 
         Returns: false if it had better wait for what it shares with a prompt that is being run.
         """
-        prefix = task.prompt[:-1] if task.options.prompt_logprobs is None else ()
+        prefix = task.prompt[:-1] if task.options.prompt_logprobs is None else task.prompt[:0]
         own, done, source = choose(self._rows, free, prefix)
         running = [other for lanes in self._lanes for other in lanes]
         shares = [common(other.prompt, prefix) for other in running]
@@ -189,7 +192,9 @@ class Scheduler:
         self._clock += 1
         row = self._rows[own]
         row.task = row.asks = task
-        row.used, row.written = self._clock, list(task.prompt[:done])
+        row.used = self._clock
+        row.clear()
+        row.write(task.prompt[:done])
         task.row, task.done, task.cached = own, done, done
         self._lanes[shard].append(task)
         if task.marks or row.marked:
@@ -226,7 +231,7 @@ class Scheduler:
                 parts[lane] = Part(task, start, count, answers)
         for task, start, count, answers in parts.values():
             task.done += count
-            self._rows[task.row].written += task.prompt[start : task.done]
+            self._rows[task.row].write(task.prompt[start : task.done])
             if not _left(task):
                 self._lanes[self._placing.shard_of(task.row)].remove(task)
                 task.asked = int(answers)
