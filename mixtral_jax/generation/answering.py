@@ -107,6 +107,11 @@ class Task:
         penalties = (o.repetition_penalty - 1, o.presence_penalty, o.frequency_penalty)
         return any(penalties) or bool(o.logit_bias)
 
+    @property
+    def _may_end(self) -> bool:
+        """Whether there are more tokens than must be made, so that a stop text ends the answer."""
+        return len(self.tokens) > self.options.min_new_tokens
+
     def push(self, token: int, found) -> Event:
         """Take a token that was made, with its log-probabilities where they are wanted."""
         if token in self.ends:
@@ -120,9 +125,7 @@ class Task:
             self.logprobs.append(logprob)
         shown = ""
         if self.decoder is not None:
-            shown = self.decoder.push(token)
-            if len(self.tokens) > self.options.min_new_tokens:
-                shown = self.stops.push(shown)
+            shown = self.stops.push(self.decoder.push(token), self._may_end)
             self.text += shown
         if self.stops.found is not None:
             return self.end("stop", self.stops.found, shown, token, logprob)
@@ -160,7 +163,7 @@ class Task:
     ) -> Event:
         """The last event. What the decoder and the stop strings held back is shown now."""
         if self.decoder is not None and self.stops.found is None:
-            rest = self.stops.push(self.decoder.flush()) + self.stops.flush()
+            rest = self.stops.push(self.decoder.flush(), self._may_end) + self.stops.flush()
             shown += rest
             self.text += rest
             if self.stops.found is not None:

@@ -90,7 +90,8 @@ class Engine:
 
         Raises:
           ValueError: if the model drops tokens beyond a capacity: answers would depend on others.
-          InputError: if not one row fits in memory, or a value makes no sense.
+          InputError: if not one row fits in memory, the tokenizer is another model's, or a value
+            makes no sense.
         """
         self.config: ModelConfig = model.config
         for name in ("capacity_factor", "receive_factor"):
@@ -98,6 +99,11 @@ class Engine:
             if value is not None:
                 raise ValueError(f"{name}={value} would drop tokens: sampling wants None")
         Serving(rows, capacity, part, cache_dtype)  # checks them
+        if tokenizer is not None and tokenizer.vocab_size != self.config.vocab_size:
+            raise InputError(
+                f"the tokenizer has {tokenizer.vocab_size} pieces and the model's vocab_size is "
+                f"{self.config.vocab_size}: give the model's own, or None"
+            )
         self.tokenizer = tokenizer
         self._eos = eos_id if eos_id is not None or tokenizer is None else tokenizer.eos_id
         context = self.config.max_position_embeddings
@@ -208,8 +214,11 @@ class Engine:
         """ids [tokens, k] of the experts of a layer (from 0) that each token of a text goes to.
 
         Raises:
-          InputError: if there is no such layer.
+          InputError: if there is no such layer or token, or the text goes beyond the context.
         """
+        text = Request(tokens, Options(0, prompt_logprobs=0))
+        vocabulary, context = self.config.vocab_size, self.config.max_position_embeddings
+        check_request(text, vocabulary, context, "the text")
         return self._chosen_experts(self._devices.params, tokens, layer)
 
     def warm_up(self, score: bool = False) -> None:

@@ -151,10 +151,12 @@ class StopStrings:
         self._held = ""
         self._best: tuple[int, int, str] | None = None  # start in _held, -length, stop
 
-    def push(self, part: str) -> str:
+    def push(self, part: str, ends: bool = True) -> str:
         """Take the next part; return what may be shown now, never what could begin a stop string.
 
         After the end, which `found` tells, it is nothing.
+
+        Args: ends: whether a stop string that ends in this part counts.
         """
         if self.found is not None:
             return ""
@@ -162,7 +164,7 @@ class StopStrings:
         self._held += part
         for character in part:
             end += 1
-            self._step(character, end)
+            self._step(character, end, ends)
             if self._best and self._best[0] < end - max(self._begun):
                 return self._end()
         return self._show(end - max(self._begun, default=0))
@@ -173,7 +175,7 @@ class StopStrings:
             return self._end()
         return self._show(len(self._held))
 
-    def _step(self, character: str, end: int) -> None:
+    def _step(self, character: str, end: int, ends: bool) -> None:
         """Take one character, which ends at `end` in the text that is held."""
         for i, (stop, borders) in enumerate(self._stops):
             begun = self._begun[i]
@@ -181,8 +183,9 @@ class StopStrings:
                 begun = borders[begun]
             begun += stop[begun] == character
             if begun == len(stop):
-                match = (end - begun, -begun, stop)
-                self._best = min(self._best or match, match)
+                if ends:
+                    match = (end - begun, -begun, stop)
+                    self._best = min(self._best or match, match)
                 begun = borders[begun]
             self._begun[i] = begun
 

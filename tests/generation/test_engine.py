@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import types
 
 import jax
@@ -489,6 +490,28 @@ def test_requests_wait_where_memory_holds_few_rows(expected, monkeypatch):
     monkeypatch.setattr(engines, "rows_that_fit", lambda size, mesh: 0)
     with pytest.raises(InputError, match=r"a cache of 1 rows of 64 tokens takes .* use a sh"):
         Engine(model_on(sharding.make_mesh()))
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(tokenizer):
+    with pytest.raises(InputError, match=r"has 300 pieces and the model's vocab_size is 38: give"):
+        Engine(model_on(sharding.make_mesh()), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "layer", "said"),
+    [
+        ((1, 38), 0, r"the text: token 38 is not in 0\.\.37"),
+        ((), 0, "the text has no tokens"),
+        ((1,) * (CONTEXT + 1), 0, "the text has 65 tokens.* context of 64"),
+        ((1, 2), MODEL.num_hidden_layers, "layer 2 is not in 0..1"),
+    ],
+    ids=itertools.count(),
+)
+def test_only_a_text_that_the_model_can_take_has_experts(tokens, layer, said):
+    engine = engine_on(MESHES[0])
+    assert engine.experts((1,) * CONTEXT, 1).shape == (CONTEXT, MODEL.num_experts_per_tok)
+    with pytest.raises(InputError, match=said):
+        engine.experts(tokens, layer)
 
 
 @pytest.mark.parametrize("name", ["capacity_factor", "receive_factor"])

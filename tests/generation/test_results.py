@@ -156,6 +156,12 @@ def test_after_the_end_of_the_text_nothing_is_shown_twice():
     assert [stopping.push("xab"), stopping.flush(), stopping.flush()] == ["x", "ab", ""]
 
 
+def test_a_stop_counts_from_where_it_may_end():
+    stopping = StopStrings(["ab", "bc"])
+    assert [stopping.push("xab", ends=False), stopping.push("cab")] == ["xa", ""]
+    assert stopping.found == "bc"
+
+
 def test_a_stop_string_must_not_be_empty():
     with pytest.raises(ValueError, match="a stop string must not be empty"):
         StopStrings(["a", ""])
