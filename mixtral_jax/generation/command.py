@@ -42,6 +42,14 @@ MOST_ROWS = 64
 """Answers in progress at a time, where nothing else is asked for."""
 
 
+class Refused(NamedTuple):
+    """A prompt that cannot be answered."""
+
+    reason: str
+    tokens: int
+    """Of the prompt; 0 where it has not come so far."""
+
+
 class Style(NamedTuple):
     """How prompts are read and answers shown."""
 
@@ -81,9 +89,9 @@ def run(
         raise InputError(f"--show-routing {layer} is not in 0..{layers - 1}, the model's layers")
     limit = deployed.context(serving)
     requests = [_request(one, deployed, style, limit) for one in asked]
-    for reason in requests:
-        if isinstance(reason, str):
-            say(f"error: {reason}")
+    for one in requests:
+        if isinstance(one, Refused):
+            say(f"error: {one.reason}")
     good = [request for request in requests if isinstance(request, Request)]
     if not good:
         if style.jsonl:
@@ -94,9 +102,9 @@ def run(
     return 0 if answered and len(good) == len(asked) else 1
 
 
-def _request(asked: Asked, deployed: Deployed, style: Style, limit: int) -> Request | str:
+def _request(asked: Asked, deployed: Deployed, style: Style, limit: int) -> Request | Refused:
     """What the engine is asked, or why it cannot be."""
-    tokenizer = deployed.tokenizer
+    tokenizer, count = deployed.tokenizer, 0
     try:
         if asked.error is not None:
             raise InputError(asked.error)
@@ -108,16 +116,17 @@ def _request(asked: Asked, deployed: Deployed, style: Style, limit: int) -> Requ
         if messages is None:
             request = Request((tokenizer.bos_id, *tokenizer.encode(asked.text)), asked.options)
         else:
-            ids, goes_on = encode_chat(tokenizer, messages), bool(messages[-1].get("prefix"))
-            request = Request(tuple(ids), asked.options, goes_on)
+            ids = encode_chat(tokenizer, messages, asked.tools)
+            request = Request(tuple(ids), asked.options, bool(messages[-1].get("prefix")))
+        count = len(request.tokens)
         check_request(request, deployed.config.vocab_size, limit, asked.name)
         return request
     except InputError as error:
         if style.strict:
             raise
         if asked.error is not None:  # which names the file and the line
-            return asked.error
-        return _named(str(error), asked, style)
+            return Refused(asked.error, count)
+        return Refused(_named(str(error), asked, style), count)
 
 
 def _named(reason: str, asked: Asked, style: Style) -> str:
@@ -142,7 +151,7 @@ def sized(serving: Serving, requests: Sequence[Request]) -> Serving:
 def show(
     engine: Engine,
     asked: Sequence[Asked],
-    requests: Sequence[Request | str],
+    requests: Sequence[Request | Refused],
     style: Style,
     start_up: StartUp,
 ) -> bool:
@@ -180,7 +189,7 @@ def show(
 
 
 def _printer(
-    engine: Engine, asked: Sequence[Asked], requests: Sequence[Request | str], style: Style
+    engine: Engine, asked: Sequence[Asked], requests: Sequence[Request | Refused], style: Style
 ) -> InOrder:
     prompts = _shown(asked, requests)
     if style.jsonl:
@@ -205,11 +214,12 @@ def _printer(
 
 
 def _print_refused(
-    printer: InOrder, asked: Sequence[Asked], requests: Sequence[Request | str]
+    printer: InOrder, asked: Sequence[Asked], requests: Sequence[Request | Refused]
 ) -> None:
-    for number, (one, reason) in enumerate(zip(asked, requests, strict=True)):
-        if isinstance(reason, str):
-            answer = Answer(one.name, one.id, 0, _text_of(one), "", [], "error", error=reason)
+    for number, (one, refused) in enumerate(zip(asked, requests, strict=True)):
+        if isinstance(refused, Refused):
+            told = {"error": refused.reason, "prompt_tokens": refused.tokens}
+            answer = Answer(one.name, one.id, 0, _text_of(one), "", [], "error", **told)
             printer.take(Event(number, 0, "", None, None, answer))
 
 

@@ -12,17 +12,18 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from mixtral_jax.command_line import one_line
 from mixtral_jax.config import InputError
-from mixtral_jax.data.conversation import read_conversation
+from mixtral_jax.data.conversation import read_conversation, read_tools
 from mixtral_jax.generation.request import Options, refuse_unknown
 from mixtral_jax.interop.strict_json import is_unicode, parse_object, quote
 
 STANDARD_INPUT = "-"
-KEYS = ["prompt", "messages", "id", *(f.name for f in dataclasses.fields(Options))]
+ASKING = ("prompt", "messages", "tools", "id")
+KEYS = [*ASKING, *(f.name for f in dataclasses.fields(Options))]
 EXAMPLE = '{"prompt": "Once"}'
 LONGEST_LINE = 2**24
 """Bytes of a request: more than any context holds."""
@@ -44,6 +45,8 @@ class Asked(NamedTuple):
     """What is wrong with the line and how to mend it, on one line; its options are the default."""
     id: Any
     """The line's own, a text or a whole number, else the number in its name."""
+    tools: Sequence[dict] = ()
+    """Those of a conversation, which `read_tools` takes."""
 
 
 def read(path: str | pathlib.Path, default: Options, jsonl: bool = False) -> list[Asked]:
@@ -132,8 +135,8 @@ def _read_line(line: bytes, number: int, where: str, default: Options) -> Asked:
         values = _parse(line)
         own_id = _own_id(values, number)
         refuse_unknown(values, KEYS, "key of a request")
-        text, messages = _text_or_messages(values)
-        values = {k: v for k, v in values.items() if k not in ("prompt", "messages", "id")}
+        text, messages, tools = _asked(values)
+        values = {k: v for k, v in values.items() if k not in ASKING}
         options = Options.from_dict(values, default)
     except InputError as error:
         said = str(error)
@@ -141,7 +144,7 @@ def _read_line(line: bytes, number: int, where: str, default: Options) -> Asked:
             half = LONGEST_ERROR // 2
             said = f"{said[:half]} ... {said[-half:]}"
         return Asked(name, None, None, default, f"{where} {name}: {said}", own_id)
-    return Asked(name, text, messages, options, None, own_id)
+    return Asked(name, text, messages, options, None, own_id, tools)
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -164,9 +167,9 @@ def _own_id(values: dict[str, Any], number: int) -> str | int:
     return own
 
 
-def _text_or_messages(values: dict[str, Any]) -> tuple[str | None, list[dict] | None]:
-    """Whichever of the two there is, checked; null is none."""
-    text, messages = values.get("prompt"), values.get("messages")
+def _asked(values: dict[str, Any]) -> tuple[str | None, list[dict] | None, Sequence[dict]]:
+    """The text or the messages, whichever there is, and tools, all checked; null is none."""
+    text, messages, tools = (values.get(key) for key in ("prompt", "messages", "tools"))
     if text is None and messages is None:
         raise InputError(f"there is no prompt and no messages: write one, such as {EXAMPLE}")
     if text is not None and messages is not None:
@@ -177,15 +180,21 @@ def _text_or_messages(values: dict[str, Any]) -> tuple[str | None, list[dict] | 
     elif not isinstance(messages, list):
         wanted = 'must be a list, such as [{"role": "user", "content": "Hello"}]'
         raise InputError(f"messages={quote(messages)} {wanted}")
-    for part in _texts([text, messages]):
+    if tools is not None and not isinstance(tools, list):
+        wanted = 'must be a list, such as [{"type": "function", "function": {"name": "weather"}}]'
+        raise InputError(f"tools={quote(tools)} {wanted}")
+    if tools and messages is None:
+        raise InputError("tools belong to messages, and there is a prompt: leave one out")
+    for part in _texts([text, messages, tools]):
         if not is_unicode(part):
             raise InputError(f"{quote(part)} holds half a surrogate pair: write whole characters")
     if messages is not None:
         try:
             read_conversation(messages)
+            read_tools(tools or ())
         except RecursionError:
             raise InputError("messages are nested too deeply: content is text") from None
-    return text, messages
+    return text, messages, tools or ()
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -107,7 +107,7 @@ class Options:
         Lists are tuples; logit_bias is an object, {"123": -5}; stop may be one text.
 
         Raises:
-          InputError: for an unknown key, naming the closest; or an impossible value.
+          InputError: for an unknown key, naming what is near it; or an impossible value.
         """
         refuse_unknown(values, [f.name for f in dataclasses.fields(cls)], "option")
         given = dict(values)
@@ -125,12 +125,14 @@ def refuse_unknown(keys: Iterable[str], known: Sequence[str], what: str) -> None
     """Refuse keys that are not known.
 
     Raises:
-      InputError: naming the first that is not, what it ought to be, and the closest known one.
+      InputError: naming the first that is not, what it ought to be, and the closest known one, or
+        all where none is near.
     """
     for key in keys:
         if key not in known:
-            closest = difflib.get_close_matches(str(key)[:100], known, n=1, cutoff=0)[0]
-            raise InputError(f"{quote(key)} is no {what}: the closest is {closest}")
+            near = difflib.get_close_matches(str(key)[:100], known, n=1)
+            fix = f"the closest is {near[0]}" if near else f"there are {', '.join(known)}"
+            raise InputError(f"{quote(key)} is no {what}: {fix}")
 
 
 def _is_whole(value: object) -> bool:

@@ -16,6 +16,7 @@ from mixtral_jax.generation.request import Options
 
 DEFAULT = Options(9, temperature=0.25, stop=("a",))
 USER = {"role": "user", "content": "Hello"}
+TOOL = {"type": "function", "function": {"name": "weather"}}
 
 
 @pytest.fixture
@@ -91,7 +92,8 @@ CONTENT = b"""\xef\xbb\xbf{"prompt": "Once\\n", "max_new_tokens": 20, "stop": ["
  \t
 {"id": "x", "messages": [%s], "logit_bias": {"12": -5}, "echo": true}
 {"id": null, "prompt": "", "messages": null, "stop": []}
-{"id": 7, "prompt": "\xe2\x82\xac\xe2\x80\xa8\\ud83d\\ude00\\u0000"}""" % json.dumps(USER).encode()
+{"id": 7, "prompt": "\xe2\x82\xac\xe2\x80\xa8\\ud83d\\ude00\\u0000"}
+{"messages": [%s], "tools": [%s]}""" % tuple(json.dumps(one).encode() for one in (USER, USER, TOOL))
 REQUESTS = [
     Asked("line 1", "Once\n", None, Options(20, temperature=0.25, stop=("b", "c")), None, 1),
     Asked(
@@ -101,6 +103,7 @@ REQUESTS = [
     ),
     Asked("line 5", "", None, Options(9, temperature=0.25), None, 5),
     Asked("line 6", "\u20ac\u2028\U0001f600\0", None, DEFAULT, None, 7),
+    Asked("line 7", None, [USER], DEFAULT, None, 7, [TOOL]),
 ]
 
 
@@ -148,6 +151,10 @@ VALUES = {
     "ids": ({"prompt": [1, 5]}, "prompt=list of 2 must be text$"),
     "half": ({"prompt": "a\ud83d"}, r"'a\\ud83d' holds half a surrogate pair: write whole"),
     "messages": ({"messages": "Hi"}, r"messages='Hi' must be a list, such as \[{"),
+    "tools": ({"messages": [USER], "tools": TOOL}, r"tools=dict of 2 must be a list, such as \[{"),
+    "tools half": ({"messages": [USER], "tools": ["\udc00"]}, "holds half a surrogate pair"),
+    "tool": ({"messages": [USER], "tools": [5]}, "tool 1 must be a dict, not 5$"),
+    "told": ({"prompt": "a", "tools": [TOOL]}, "tools belong to messages, and there is a prompt"),
     "id list": ({"id": [1], "prompt": "a"}, r"id=list of 1 must be text or a whole number$"),
     "id number": ({"id": 1.5, "prompt": "a"}, r"id=1.5 must be text or a whole number$"),
     "id bool": ({"id": True, "prompt": "a"}, r"id=True must be text or a whole number$"),
@@ -239,7 +246,9 @@ JSON = st.recursive(
     ),
     max_leaves=8,
 )
-KEYS = st.sampled_from(["prompt", "messages", "id", "stop", "n", "logit_bias", "echo", "role"])
+KEYS = st.sampled_from(
+    ["prompt", "messages", "tools", "id", "stop", "n", "logit_bias", "echo", "role"]
+)
 
 
 @given(st.lists(st.dictionaries(KEYS, JSON, max_size=3) | JSON, min_size=1, max_size=4))
