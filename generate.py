@@ -39,6 +39,12 @@ from mixtral_jax.generation import prompts, request
 
 ONLY_COMPILED = ("report", "sequences", "slices", "prompt_length")
 SERVED = ("part", "weights", "cache_dtype")
+MADE = (
+    *("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p", "n", "seed"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs"),
+    *("stop", "stop_token_id"),
+)
+"""What goes for the tokens that are made, of which --score has none."""
 COMPILED = {"config", "overrides", "compile_only", "max_new_tokens", *SERVED, *ONLY_COMPILED}
 """What --compile-only reads."""
 
@@ -61,7 +67,8 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--jsonl", action="store_true", help="--prompt-file has lines of JSON, whatever its name"
     )
-    parser.add_argument("--chat", action="store_true", help="prompts are messages; else converse")
+    help = "prompts are a user's messages; without --prompt or --prompt-file, a conversation"
+    parser.add_argument("--chat", action="store_true", help=help)
     parser.add_argument("--system", metavar="TEXT", help="with --chat: told first")
 
     add = parser.add_argument_group("sampling").add_argument
@@ -90,8 +97,10 @@ def make_parser() -> Parser:
 
     serving = request.Serving()
     add = parser.add_argument_group("memory and speed").add_argument
-    add("--rows", metavar="N", type=int, help="most answers in progress at a time")
-    add("--context", metavar="N", type=int, help="most tokens of a prompt and its answer")
+    help = "most answers in progress at a time (default: as many as answers, at most 64)"
+    add("--rows", metavar="N", type=int, help=help)
+    help = "most tokens of a prompt and its answer (default: what the prompts need)"
+    add("--context", metavar="N", type=int, help=help)
     help = f"most tokens of a prompt between two steps of the others (default {serving.part})"
     add("--part", metavar="N", type=int, default=serving.part, help=help)
     add("--cache-dtype", metavar="TYPE", help="int8: half of the cache's memory")
@@ -146,10 +155,17 @@ def options_of(arguments: argparse.Namespace) -> request.Options:
     values["stop"] = tuple(arguments.stop or ())
     values["stop_token_ids"] = tuple(arguments.stop_token_id or ())
     values["logit_bias"] = tuple(map(bias, arguments.logit_bias or ()))
-    if arguments.score:
-        values["max_new_tokens"] = values["min_new_tokens"] = 0
-        values["prompt_logprobs"] = arguments.prompt_logprobs or 0
-    return request.Options(**values)
+    options = request.Options(**values)
+    if arguments.score and (made := asked_for(arguments, MADE)):
+        raise InputError(f"--score makes nothing: leave out {', '.join(made)}")
+    return options
+
+
+def scoring(options: request.Options) -> request.Options:
+    """The same without anything made."""
+    told = options.prompt_logprobs or 0
+    nothing = {"max_new_tokens": 0, "min_new_tokens": 0, "n": 1, "logprobs": None}
+    return dataclasses.replace(options, **nothing, prompt_logprobs=told)
 
 
 def bias(text: str) -> tuple[int, float]:
@@ -217,6 +233,9 @@ def main(argv: list[str] | None = None) -> int:
             arguments.weights,
         )
         asked = read_prompts(arguments, options)
+        if arguments.score:
+            options = scoring(options)
+            asked = asked and [one._replace(options=scoring(one.options)) for one in asked]
         check_shown(arguments, options, asked)
         if arguments.format == "jsonl" and isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8")  # as JSON is, whatever the terminal knows

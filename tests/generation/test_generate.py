@@ -126,6 +126,7 @@ def test_lines_of_json_are_answered_each_as_it_asks(run, answers, main, capsys, 
     assert [one["text"] for one in made[2:4]] == [PROMPTS[3] + answers[3]] * 2  # greedy
     assert [len(one["logprobs"]) for one in made[2:4]] == [9, 9]
     assert made[4]["error"].startswith(f"{path} line 4 has 62 tokens")
+    assert [made[i]["prompt_tokens"] for i in (1, 4)] == [0, 62]
     assert len(made[5]["tokens"]) == 2
     assert made[6]["text"] == answers[0].split(answers[0][3:5])[0]
     assert made[6]["stop"] == answers[0][3:5]
@@ -180,6 +181,20 @@ def test_a_text_is_scored(run, main, capsys):
     assert re.fullmatch(r"perplexity \d+\.\d{4} over \d+ tokens of the prompt\n", out)
     assert re.search(r"^\d+ prompt tokens; first answer after .*; 0 tokens made$", err, re.M)
     assert re.search(r"^first answer [\d.]+ s after the start: ", err, re.M)
+
+
+def test_no_line_makes_anything_where_texts_are_scored(run, main, capsys, monkeypatch):
+    lines = b'{"prompt": "def", "max_new_tokens": 5, "min_new_tokens": 2, "n": 3}\n'
+    tools = (
+        b'{"messages": [{"role": "user", "content": "a"}], "tools": [{"function": {"name": "b"}}]}'
+    )
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines + tools)))
+    arguments = ["--checkpoint", str(run), "--score", "--prompt-file", "-", "--jsonl"]
+    assert main([*arguments, "--format", "jsonl"]) == 1
+    scored, refused = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (scored["tokens"], scored["index"]) == ([], 0)
+    assert scored["perplexity"] > 1
+    assert "a v1 tokenizer has no template for tools" in refused["error"]
 
 
 def test_routing_is_shown_in_colours(run, answers, main, capsys):
@@ -280,6 +295,10 @@ BAD = {
     "told": (["--prompt", "a", "--logprobs", "1"], "add --format jsonl"),
     "layer": (["--prompt", "a", "--show-routing", "2", *GREEDY], "--show-routing 2 is not in 0..1"),
     "coloured": (["--prompt", "a", "--format", "jsonl", "--show-routing", "0"], "leave out --form"),
+    "scored": (
+        *(["--prompt", "a", "--score", "--max-new-tokens", "50", "--n", "2", "--stop", "b"],),
+        "--score makes nothing: leave out --max-new-tokens 50, --n 2, --stop b",
+    ),
     "silent": (["--chat", "--score"], "a conversation is text"),
     "likely": (["--chat", "--logprobs", "1"], "a conversation is text"),
     "lines": (["--prompt", "a", "--jsonl"], "has lines of JSON: add --prompt-file FILE"),
