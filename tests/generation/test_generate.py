@@ -16,7 +16,7 @@ from tiny import MODEL
 import generate
 from mixtral_jax import sharding
 from mixtral_jax.config import MeshConfig
-from mixtral_jax.generation import command
+from mixtral_jax.generation import command, prompts
 from mixtral_jax.generation import engine as engines
 from mixtral_jax.generation.engine import Engine
 from mixtral_jax.generation.prompts import Asked
@@ -222,12 +222,14 @@ def test_what_a_stop_text_hides_is_not_shown_in_colours(run, main, capsys, more)
 
 
 def test_the_documented_program_runs(run, monkeypatch, capsys):
-    """The example of docs/generation.md, on another checkpoint."""
+    """The examples of docs/generation.md, on another checkpoint."""
     text = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
-    (program,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    program = program.replace('"runs/quickstart"', repr(str(run)))
-    exec(compile(program, "docs/generation.md", "exec"), {})
+    first, second = re.findall(r"```python\n(.*?)```", text, re.S)
+    first, names = first.replace('"runs/quickstart"', repr(str(run))), {}
+    exec(compile(first, "docs/generation.md", "exec"), names)
     assert capsys.readouterr().out.endswith("']\n")
+    exec(compile(second, "docs/generation.md", "exec"), names)
+    assert capsys.readouterr().out
 
 
 def test_documented_options_exist():
@@ -236,6 +238,7 @@ def test_documented_options_exist():
     told = set(re.findall(r"--[a-z][a-z0-9-]+", text))
     assert len(told) > 20
     assert not [name for name in told if name not in known]
+    assert not [key for key in prompts.KEYS if f"`{key}`" not in text]
 
 
 def test_arguments_reach_the_command(monkeypatch):
