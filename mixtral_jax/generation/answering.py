@@ -88,7 +88,7 @@ class Task:
             seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
         text, decoder = "", None
         if tokenizer is not None:
-            decoder, text = StreamDecoder(tokenizer), tokenizer.decode(tokens)
+            decoder, text = StreamDecoder(tokenizer), tokenizer.decode(tokens.tolist())
             if request.goes_on:  # so that an answer keeps the space it begins with
                 for token in tokens:
                     if decoder.push(token):  # what comes after the first text does not matter
