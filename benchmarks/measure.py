@@ -164,7 +164,7 @@ def about_machine() -> dict[str, str]:
     if accelerators := _accelerators():
         machine = f"{accelerators}; host {machine}"
     versions = [f"Python {platform.python_version()}"]
-    for package in ("jax", "torch", "transformers", "tokamax"):
+    for package in ("jax", "torch", "transformers"):
         if package in sys.modules:
             versions.append(f"{package} {metadata.version(package)}")
     date = datetime.datetime.now(datetime.UTC).date().isoformat()

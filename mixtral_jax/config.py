@@ -21,7 +21,7 @@ LEAST = 2.0**-126  # float32's smallest normal number: on devices a smaller one 
 ONE = 1 - 2.0**-25  # and what is not below this is 1
 EXCHANGES = ("local", "padded", "ragged")
 ATTENTIONS = ("xla", "splash", "cudnn", "chunks")
-GROUPED_MATMULS = ("megablox", "ragged_dot", "hopper", "tokamax", "blocks")
+GROUPED_MATMULS = ("megablox", "ragged_dot", "hopper", "blocks")
 REMAT_POLICIES = (
     *("none", "full", "attention_out", "no_experts", "no_up", "no_down", "matmuls"),
     "matmuls_rows",
@@ -88,8 +88,8 @@ class ModelConfig:
     """In training and of prompts: xla, splash (TPU), cudnn (GPU) or chunks (CPU); empty means the
     best."""
     grouped_matmul: str = ""
-    """The experts' products: megablox (TPU), hopper (H100, H200), tokamax (GPU, a package of that
-    name), ragged_dot or blocks; empty means the best."""
+    """The experts' products: megablox (TPU), hopper (H100, H200), ragged_dot or blocks; empty means
+    the best."""
     capacity_factor: float | None = None
     """Empty means dropless. Otherwise each device sends at most
     ceil(capacity_factor * tokens * k / E) rows to each expert and drops (and counts) the rest."""

@@ -72,21 +72,15 @@ def compile_report(config: Config, name: str, slices: int = 1) -> dict[str, Any]
 
 
 def check_kernels(kernels: dict[str, str], priced: bool) -> None:
-    """Refuse those that ask the GPU at hand what they are compiled for, and, where programs are
-    priced, those whose loops the compiler would count once.
+    """Refuse, where programs are priced, those whose loops the compiler would count once.
 
     Raises:
-      InputError: for tokamax, and for attention by chunks.
+      InputError: for attention by chunks.
     """
     if priced and kernels["attention"] == "chunks":
         raise InputError(
             "model.attention=chunks is a loop, of which the TPU's compiler would count one turn: "
             "with --compile-only leave it empty, or use xla"
-        )
-    if kernels["grouped_matmul"] == "tokamax":
-        raise InputError(
-            "model.grouped_matmul=tokamax compiles for the GPU at hand alone: with --compile-only "
-            "use hopper or ragged_dot"
         )
 
 

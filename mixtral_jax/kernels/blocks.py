@@ -1,6 +1,6 @@
-"""The grouped matrix product for CPU: a loop over each expert's rows in blocks.
+"""The grouped matrix product for CPU and GPU: a loop over each expert's rows in blocks.
 
-Work in proportion to the rows in use; XLA:CPU's own ragged_dot runs every expert on every row.
+Work in proportion to the rows in use; XLA's own ragged_dot runs every expert on every row there.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
-from mixtral_jax.kernels import vary_like
+from mixtral_jax.kernels import platform, vary_like
 from mixtral_jax.kernels.bits import bits, floats
 from mixtral_jax.kernels.rows import starts
 
 STEP_ROWS = 64  # blocks are multiples of it: fewer are slower a row, more waste part-full blocks
 STEPS = 8  # in the largest block
+MOST_ON_GPU = 1024  # rows of a block there
 
 
 class Block(NamedTuple):
@@ -68,7 +70,7 @@ def for_each_block(
     the rows that no earlier block has had.
     """
     starts_E = starts(group_sizes_E)
-    sizes = sorted({min(STEP_ROWS * (i + 1), num_rows) for i in range(STEPS)})
+    sizes = _sizes(num_rows, group_sizes_E.shape[0])
     largest = sizes[-1]
 
     def one_expert(expert, carry):
@@ -92,6 +94,15 @@ def for_each_block(
         return carry
 
     return lax.fori_loop(0, group_sizes_E.shape[0], one_expert, init)
+
+
+def _sizes(rows: int, experts: int) -> list[int]:
+    """Those of blocks, in rows, for so many rows of all experts."""
+    if platform() != "gpu":
+        return sorted({min(STEP_ROWS * (i + 1), rows) for i in range(STEPS)})
+    # One: the host waits before each turn of such a loop, and for a size that is not needed too.
+    even = pl.next_power_of_2(-(-rows // experts))
+    return [min(max(even, STEP_ROWS), MOST_ON_GPU, rows)]
 
 
 def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype=None) -> jax.Array:

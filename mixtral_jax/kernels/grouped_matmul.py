@@ -5,19 +5,15 @@ Bodies with one meaning:
               the matrices' gradient included (of ragged_dot's the compiler makes every expert over
               every row).
   hopper      our Pallas kernels for H100 and H200, in proportion to the rows in use too.
-  tokamax     the Pallas kernels for any GPU of the package tokamax, where that is installed.
   ragged_dot  jax.lax.ragged_dot: a kernel on TPU. On GPU and CPU, XLA multiplies every row with
               every expert.
-  blocks      a loop over each expert's rows in blocks, for CPU.
+  blocks      a loop over each expert's rows in blocks, for CPU, and for GPUs and matrices that
+              hopper does not take.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import logging
 import re
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -30,26 +26,15 @@ PLATFORMS = {
     "megablox": ("tpu",),
     "ragged_dot": ("cpu", "gpu", "tpu"),
     "hopper": ("gpu",),
-    "tokamax": ("gpu",),
     "blocks": ("cpu", "gpu", "tpu"),
 }
-PALLAS = ("megablox", "hopper", "tokamax")
+PALLAS = ("megablox", "hopper")
 """Kernels that do not say what they vary over: inside shard_map, its types must not be checked."""
 
 TILE = 128
 """What megablox and hopper want rows, and both sides of the matrices, to be a multiple of."""
 HOPPER = re.compile(r"\bG?H(100|200|800|20)\b")
 """What the names of such GPUs hold."""
-
-WITHOUT_TOKAMAX = (
-    "the package tokamax is not installed: on GPU every row is then multiplied with every expert. "
-    "pip install -r requirements-gpu.txt"
-)
-
-
-def installed(implementation: str) -> bool:
-    """Whether the package that a body comes from is there."""
-    return implementation != "tokamax" or importlib.util.find_spec("tokamax") is not None
 
 
 def resolve(implementation: str | None, width: int, hidden: int, dtype: jnp.dtype) -> str:
@@ -60,15 +45,10 @@ def resolve(implementation: str | None, width: int, hidden: int, dtype: jnp.dtyp
     """
     here, aligned = platform(), megablox.fits(width, hidden)
     if not implementation:
-        if here == "gpu":
-            return _best_on_gpu(width, hidden, dtype)
-        return {"cpu": "blocks", "tpu": "megablox" if aligned else "ragged_dot"}[here]
+        if here == "tpu":
+            return "megablox" if aligned else "ragged_dot"
+        return "hopper" if here == "gpu" and _fits_hopper(width, hidden, dtype) else "blocks"
     check_body("grouped_matmul", implementation, here, PLATFORMS, instead="ragged_dot")
-    if not installed(implementation):
-        raise ValueError(
-            f"grouped_matmul={implementation} wants a package that is not installed: "
-            f"pip install {implementation}, or use ragged_dot, or leave it empty"
-        )
     if implementation == "megablox" and not aligned:
         raise ValueError(
             f"grouped_matmul=megablox wants multiples of {megablox.LANES}, not {width} into "
@@ -87,15 +67,6 @@ def _fits_hopper(width: int, hidden: int, dtype: jnp.dtype) -> bool:
     narrow = jnp.dtype(dtype) in NARROW
     aligned = width % TILE == hidden % TILE == 0
     return narrow and aligned and HOPPER.search(device_kind()) is not None
-
-
-def _best_on_gpu(width: int, hidden: int, dtype: jnp.dtype) -> str:
-    if _fits_hopper(width, hidden, dtype):
-        return "hopper"
-    if installed("tokamax"):
-        return "tokamax"
-    warnings.warn(WITHOUT_TOKAMAX, stacklevel=3)
-    return "ragged_dot"
 
 
 def grouped_matmul(
@@ -134,24 +105,10 @@ def grouped_matmul(
     x_RD, w_EDF = vary_like(x_RD, w_EDF), vary_like(w_EDF, x_RD)
     if implementation == "blocks":
         return blocks(x_RD, w_EDF, group_sizes_E)
-    ragged_dot = _tokamax if implementation == "tokamax" else lax.ragged_dot
     in_use_R1 = jnp.arange(x_RD.shape[0])[:, None] < group_sizes_E.sum()
     x_RD = jnp.where(in_use_R1, x_RD, 0)  # these may read the others and multiply by zero
-    out_RF = ragged_dot(x_RD, w_EDF, group_sizes_E, preferred_element_type=x_RD.dtype)
+    out_RF = lax.ragged_dot(x_RD, w_EDF, group_sizes_E, preferred_element_type=x_RD.dtype)
     return jnp.where(in_use_R1, out_RF, 0)
-
-
-def _tokamax(x_RD, w_EDF, group_sizes_E, preferred_element_type):
-    """Those for Hopper want bfloat16, and multiples of 64 rows and 128 columns; Triton's do not."""
-    fits = x_RD.dtype == jnp.bfloat16 and not any(size % 128 for size in w_EDF.shape[1:])
-    out_RF = _import_tokamax().ragged_dot(
-        _pad(x_RD, 64),
-        w_EDF,
-        group_sizes_E,
-        preferred_element_type=preferred_element_type,
-        implementation=None if fits else "triton",
-    )
-    return out_RF[: x_RD.shape[0]]
 
 
 def _pad(x_RD, step: int):
@@ -164,18 +121,3 @@ def _import_hopper():
     from mixtral_jax.kernels import hopper
 
     return hopper
-
-
-@functools.cache
-def _import_tokamax():
-    """The package, kept from two things: taking the command line for its own, and a line for each
-    shape that it has no measured tiles for."""
-    import tokamax
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    logging.getLogger("absl").addFilter(
-        lambda record: not str(record.msg).startswith("Autotuning cache miss")
-    )
-    return tokamax

@@ -1,5 +1,4 @@
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +89,17 @@ def test_the_real_block_size(rows):
     assert blocks.STEP_ROWS == 64
     out = compiled("blocks", 64)(x_RD, w_EDF, sizes, g_RF)
     oracle.close(out, expected(x_RD, w_EDF, sizes, g_RF), rel=2e-6)
+
+
+def test_blocks_of_one_size_on_gpu(monkeypatch):
+    """Some full, some of other experts' rows too, some moved up from past the end."""
+    monkeypatch.setattr(blocks, "platform", lambda: "gpu")
+    x_RD, w_EDF, g_RF = operands(17, 5)
+    run = compiled.__wrapped__("blocks", 2)
+    for sizes in SIZES.values():
+        out = run(x_RD, w_EDF, sizes, g_RF)
+        oracle.close(out, expected(x_RD, w_EDF, sizes, g_RF), rel=1e-6)
+    assert [blocks._sizes(*n) for n in ((17, 5), (640, 8), (65536, 8))] == [[17], [128], [1024]]
 
 
 @given(st.sampled_from([(11, 3), (13, 4), (6, 7)]), st.sampled_from([1, 2, 5]), st.data())
@@ -206,53 +216,6 @@ def test_transposed_matrices(implementation):
     product = functools.partial(grouped_matmul, implementation=implementation)
     actual = product(x_RD, w_EDF.swapaxes(1, 2), sizes, transposed=True)
     oracle.close(actual, product(x_RD, w_EDF, sizes), rel=1e-6)
-
-
-@pytest.fixture
-def gpu_with_tokamax(monkeypatch):
-    """The platform is gpu, and the package tokamax is there: ragged_dot, but careless."""
-
-    def careless(x_RD, w_EDF, sizes_E, *, preferred_element_type, implementation):
-        fits = x_RD.dtype == jnp.bfloat16 and w_EDF.shape[1:] == (128, 256)
-        assert len(x_RD) % 64 == 0
-        assert implementation == (None if fits else "triton")
-        asked = {"preferred_element_type": preferred_element_type}
-        out_RF = jax.lax.ragged_dot(x_RD, w_EDF, sizes_E, **asked)
-        return jnp.where(jnp.arange(len(x_RD))[:, None] < sizes_E.sum(), out_RF, jnp.nan)
-
-    monkeypatch.setattr(module, "platform", lambda: "gpu")
-    monkeypatch.setattr(module, "installed", lambda name: True)
-    fake = types.SimpleNamespace(ragged_dot=careless)
-    monkeypatch.setattr(module, "_import_tokamax", lambda: fake)
-
-
-def test_tokamax(gpu_with_tokamax):
-    """Rows that are not in use are zeros whatever its kernels leave there."""
-    x_RD, w_EDF, g_RF = operands(9, 3)
-    actual = compiled.__wrapped__("tokamax", 128)(x_RD, w_EDF, [4, 0, 3], g_RF)
-    oracle.close(actual, expected(x_RD, w_EDF, [4, 0, 3], g_RF), rel=1e-6)
-
-
-def test_tokamax_multiplies_what_its_kernels_for_hopper_take(gpu_with_tokamax):
-    rng = np.random.default_rng(0)
-    x_RD, w_EDF = (jnp.bfloat16(rng.normal(size=size)) for size in ((70, 128), (3, 128, 256)))
-    sizes_E = jnp.array([5, 0, 61], jnp.int32)
-    actual = grouped_matmul(x_RD, w_EDF, sizes_E)
-    assert actual.dtype == jnp.bfloat16
-    wanted = grouped_matmul(x_RD, w_EDF, sizes_E, implementation="ragged_dot")
-    np.testing.assert_array_equal(actual, wanted)
-
-
-def test_without_tokamax_a_gpu_multiplies_every_expert_and_says_so(monkeypatch):
-    monkeypatch.setattr(module, "platform", lambda: "gpu")
-    monkeypatch.setattr(module, "installed", lambda name: name != "tokamax")
-    with pytest.warns(UserWarning, match=r"tokamax is not installed.*requirements-gpu.txt"):
-        assert module.resolve("", 7, 5, "bfloat16") == "ragged_dot"
-    with pytest.raises(ValueError, match=r"^grouped_matmul=tokamax .*pip install tokamax.*$"):
-        module.resolve("tokamax", 7, 5, "bfloat16")
-    monkeypatch.setattr(module, "installed", lambda name: True)
-    assert module.resolve("tokamax", 7, 5, "bfloat16") == "tokamax"
-    assert module.resolve("", 7, 5, "bfloat16") == "tokamax"
 
 
 def test_bfloat16_sums_in_float32():

@@ -147,7 +147,6 @@ def test_tiles_hold_each_row_once(sizes, unused):
 def gpu(monkeypatch):
     """A function that names the GPU there is."""
     monkeypatch.setattr(module, "platform", lambda: "gpu")
-    monkeypatch.setattr(module, "installed", lambda name: True)
     return lambda kind: monkeypatch.setattr(module, "device_kind", lambda: kind)
 
 
@@ -158,7 +157,7 @@ def test_hopper_gpus_get_them_where_they_fit(gpu, kind):
     gpu(kind)
     assert module.resolve("", 256, 384, "bfloat16") == "hopper"
     for shape in ((256, 384, "float32"), (200, 384, "bfloat16"), (256, 64, "bfloat16")):
-        assert module.resolve("", *shape) == "tokamax"
+        assert module.resolve("", *shape) == "blocks"
         with pytest.raises(ValueError, match=r"^grouped_matmul=hopper wants an H100 or H200"):
             module.resolve("hopper", *shape)
 
@@ -166,6 +165,6 @@ def test_hopper_gpus_get_them_where_they_fit(gpu, kind):
 @pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA B200", "NVIDIA GB200"])
 def test_others_do_not(gpu, kind):
     gpu(kind)
-    assert module.resolve("", 256, 384, "bfloat16") == "tokamax"
+    assert module.resolve("", 256, 384, "bfloat16") == "blocks"
     with pytest.raises(ValueError, match=rf"^grouped_matmul=hopper wants .* not {kind}, 256 into"):
         module.resolve("hopper", 256, 384, "bfloat16")

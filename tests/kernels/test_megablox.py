@@ -124,14 +124,14 @@ def test_tiles_divide_what_they_cut_and_suit_the_chip(monkeypatch, kind, shape, 
         ("tpu", "", 128, "megablox"),
         ("tpu", None, 100, "ragged_dot"),
         ("tpu", "ragged_dot", 128, "ragged_dot"),
-        ("gpu", "", 100, "tokamax"),
+        ("gpu", "", 100, "blocks"),
         ("gpu", "ragged_dot", 128, "ragged_dot"),
         ("cpu", "", 128, "blocks"),
     ],
 )
 def test_the_best_body_of_each_platform_and_shape(monkeypatch, platform, asked, width, body):
     monkeypatch.setattr("mixtral_jax.kernels.grouped_matmul.platform", lambda: platform)
-    monkeypatch.setattr("mixtral_jax.kernels.grouped_matmul.installed", lambda name: True)
+    monkeypatch.setattr("mixtral_jax.kernels.grouped_matmul.device_kind", lambda: "NVIDIA H200")
     assert resolve(asked, width, F, jnp.bfloat16) == body
 
 

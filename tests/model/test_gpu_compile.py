@@ -1,7 +1,7 @@
-"""A training step and decoding, compiled for an H200 that is not there.
+"""A training step and decoding, compiled for GPUs that are not there, most of it for an H200.
 
 Nothing runs, so no GPU is needed: XLA takes a description of one (analysis/gpus.py). Of
-requirements-gpu.txt it wants JAX's two plugins; cuDNN's attention and tokamax only where they are.
+requirements-gpu.txt it wants JAX's two plugins; cuDNN's attention only where it is.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import pytest
 
 from mixtral_jax import sharding
 from mixtral_jax.analysis import generation_report
+from mixtral_jax.analysis import gpus as gpus_module
 from mixtral_jax.analysis.gpus import get_devices
 from mixtral_jax.analysis.prices import compile_step
 from mixtral_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig
@@ -35,39 +36,42 @@ MODEL = ModelConfig(
 )
 
 
+OTHERS = {  # than an H200: the name, compute capability and bytes of shared memory of a block
+    "a100": ("NVIDIA A100-SXM4-80GB", "major: 8", 166_912),
+    "rtx4090": ("NVIDIA GeForce RTX 4090", "major: 8 minor: 9", 101_376),
+}
+
+
 @pytest.fixture
-def gpus(monkeypatch):
-    """Some H200s of one host, by their number."""
+def gpus(monkeypatch, tmp_path):
+    """Some GPUs of one host, by their number and kind."""
     package = "jax_cuda13_plugin"
     pytest.importorskip(package, reason=f"{package} is not installed: no program for GPU")
-    from jax.extend import backend
 
-    def make(number):
-        devices = get_devices("h200", number)
-        # By it tokamax knows what it is about to compile for.
-        monkeypatch.setattr(backend, "get_default_device", lambda: devices[0])
-        return devices
+    def make(number, kind="h200"):
+        if kind in OTHERS:
+            name, capability, shared = OTHERS[kind]
+            text = gpus_module.DESCRIPTION.read_text(encoding="utf-8").replace("$name", name)
+            text = text.replace("major: 9 feature_extension: ACCELERATED_FEATURES", capability)
+            described = tmp_path / "other.txtpb"
+            described.write_text(text.replace("232448", str(shared)), encoding="utf-8")
+            monkeypatch.setattr(gpus_module, "DESCRIPTION", described)
+        return get_devices("h200", number)
 
     return make
 
 
-@pytest.mark.parametrize(
-    ("number", "exchange", "kernels"),
-    [(1, "local", "hopper"), (4, "ragged", "hopper"), (1, "local", "tokamax")],
-)
-def test_a_training_step(gpus, number, exchange, kernels):
+@pytest.mark.parametrize(("number", "exchange"), [(1, "local"), (4, "ragged")])
+def test_a_training_step(gpus, number, exchange):
     """Each row is multiplied with its own expert alone, and one GPU sums over no axis."""
-    if kernels == "tokamax":
-        pytest.importorskip("tokamax", reason="tokamax is not installed")
     attention = "cudnn" if CUDNN else "xla"
-    asked = {"tokamax": "tokamax", "hopper": ""}[kernels]
-    model = dataclasses.replace(MODEL, grouped_matmul=asked, attention="" if CUDNN else "xla")
+    model = dataclasses.replace(MODEL, attention="" if CUDNN else "xla")
     training = TrainingConfig(batch_size=2 * number, sequence_length=256)
     config = Config(model=model, training=training, mesh=MeshConfig(expert=number))
     mesh = sharding.make_mesh(expert=number, devices=gpus(number))
     with jax.set_mesh(mesh):
         chosen = kernels_of_step(config)
-    assert chosen == {"exchange": exchange, "grouped_matmul": kernels, "attention": attention}
+    assert chosen == {"exchange": exchange, "grouped_matmul": "hopper", "attention": attention}
     program = compile_step(config, mesh).as_text()
     # gate, up, down; each again for the rows' gradient and for the matrices'.
     assert program.count('custom_call_target="mosaic_gpu') == 9
@@ -76,6 +80,27 @@ def test_a_training_step(gpus, number, exchange, kernels):
     assert ("all-reduce" in program) == (number > 1)
     assert ("ragged-all-to-all" in program) == (number > 1)
     assert "TD,PDE->PTE" in program  # the router's product, on matrix units
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "sizes"),
+    [
+        ("h200", "float32", (192, 320)),
+        ("a100", "bfloat16", (256, 384)),
+    ],
+)
+def test_a_training_step_of_any_size_and_type_and_on_any_gpu(gpus, kind, dtype, sizes):
+    """The experts' products are of a block of rows with one expert's matrix."""
+    changes = dict(zip(("hidden_size", "intermediate_size"), sizes), compute_dtype=dtype)
+    model = dataclasses.replace(MODEL, **changes, attention="xla", num_hidden_layers=1)
+    config = Config(model=model, training=TrainingConfig(batch_size=2, sequence_length=256))
+    mesh = sharding.make_mesh(devices=gpus(1, kind))
+    with jax.set_mesh(mesh):
+        assert kernels_of_step(config)["grouped_matmul"] == "blocks"
+    program = compile_step(config, mesh).as_text()
+    products = re.findall(r" = \w+\[([\d,]*)\]\S* (?:dot|custom-call)\(.*/experts/", program)
+    assert products
+    assert not any("1024" in shape.split(",") for shape in products)  # as many rows as there are
 
 
 def test_layers_computed_again_read_their_matrices_where_they_lie(gpus):
