@@ -30,7 +30,6 @@ STAGES = 4
 WIDE = 8
 """Tiles of rows that are worked on side by side: what they share stays in the L2 cache."""
 COMPUTE = 2  # warpgroups that multiply
-MULTIPROCESSORS = 132
 
 
 class Blocks(NamedTuple):
@@ -221,11 +220,17 @@ def _clear_others(x_smem, start, end) -> None:
 # ---- what both have ----------------------------------------------------------------------------
 
 
+def _multiprocessors() -> int:
+    """Those of a GPU of the mesh in use."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.num_cores if device is not None else jax.devices()[0].core_count
+
+
 def _launch(name: str, kernel, shape: tuple[int, ...], dtype: jnp.dtype):
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct(shape, dtype),
-        grid=(MULTIPROCESSORS,),
+        grid=(_multiprocessors(),),
         grid_names=("sm",),
         num_threads=COMPUTE + 1,
         thread_name="wg",

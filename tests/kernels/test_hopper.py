@@ -31,7 +31,7 @@ def interpreted(**options):
 @pytest.fixture
 def kernels(monkeypatch):
     """Interpreted where there is no GPU; on two multiprocessors, so that each has several tiles."""
-    monkeypatch.setattr(hopper, "MULTIPROCESSORS", 2)
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda: 2)
     with contextlib.nullcontext() if ON_GPU else interpreted():
         yield
 
@@ -113,7 +113,7 @@ def test_transposed_matrices(kernels):
 def test_warpgroups_do_not_race(monkeypatch):
     """Of the kernel that also writes to its operands' tiles. (The interpreter takes each copy of
     the other one's stores for a group of its own, and so sees races that are none.)"""
-    monkeypatch.setattr(hopper, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda: 1)
     x_RD, _, g_RF = operands(2)
     sizes = jnp.array([100, 100], jnp.int32)
     with interpreted(detect_races=True):
@@ -138,6 +138,13 @@ def test_tiles_hold_each_row_once(sizes, unused):
         owner[start : start + count] = expert
     wanted = np.repeat(np.arange(len(sizes)), sizes)
     np.testing.assert_array_equal(owner, np.pad(wanted, (0, rows - sum(sizes)), constant_values=-1))
+
+
+def test_the_grid_is_as_large_as_the_gpu_of_the_mesh(monkeypatch):
+    h20 = jax.sharding.AbstractDevice(device_kind="NVIDIA H20", num_cores=78, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=h20)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert hopper._multiprocessors() == 78
 
 
 # ---- which body --------------------------------------------------------------------------------
