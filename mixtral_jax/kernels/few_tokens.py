@@ -168,7 +168,9 @@ def _out(hidden_STF, down_EFD, ids_TC, weights_TC, tiles: Tiles):
         mine = found.astype(jnp.int32) * jnp.minimum(blocks - part * per_part, per_part)
         zeros_Td = jnp.zeros((rows, columns), jnp.float32)
         sum_Td = lax.fori_loop(0, mine, one_block, zeros_Td)
-        triton.store(out_ref, sum_Td * weight_T[:, None], mask=real_T[:, None])
+        chose_T1 = (weight_T != 0)[:, None]  # of others the hidden rows may have overflowed
+        out_Td = jnp.where(chose_T1, sum_Td * weight_T[:, None], 0)
+        triton.store(out_ref, out_Td, mask=real_T[:, None])
 
     return call(
         kernel,

@@ -62,6 +62,15 @@ def test_each_token_by_its_experts(ids):
     oracle.close(run(*arrays), wanted, rel=2e-6)
 
 
+def test_what_overflows_in_another_token_s_expert_is_not_seen():
+    ids_TC = [[0, 1], [2, 3]]
+    x_TD, gate_EDF, up_EDF, *rest = operands(ids_TC)
+    x_TD[0, 0], gate_EDF[2:4, 0], up_EDF[2:4, 0] = 1e15, 1e15, 1e15  # inf in token 0 by 2 and 3
+    gate_EDF[:2, 0], up_EDF[:2, 0], x_TD[1, 0] = 0, 0, 0
+    arrays = x_TD, gate_EDF, up_EDF, *rest
+    oracle.close(run(*arrays), expected(*arrays), rel=2e-6)
+
+
 @pytest.mark.gpu
 def test_bfloat16_is_rounded_where_the_general_path_rounds_it():
     """Within the rounding of the hidden rows and of the result, as far as of the products too."""
