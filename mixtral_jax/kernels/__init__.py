@@ -13,6 +13,9 @@ few_*             decoding on GPU, by Triton: rows (times matrices, and what all
 int8, apart, bits inference: matrices in int8; on CPU each expert's apart, and bfloat16 as bits
 """
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 
@@ -55,6 +58,14 @@ def device_kind() -> str:
     """What JAX calls the chips of the mesh in use, such as 'TPU v6 lite'."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device is not None else jax.devices()[0].device_kind
+
+
+def compute_capability() -> float:
+    """That of the NVIDIA GPU at hand, such as 8.9; infinity for a device that is only described and
+    for those of others."""
+    device = jax.devices()[0]
+    known = device.device_kind == device_kind() and getattr(device, "compute_capability", "")
+    return float(known) if known and re.fullmatch(r"\d+\.\d+", known) else math.inf
 
 
 def check_body(

@@ -12,7 +12,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mixtral_jax.kernels import MASKED, check_body, chunks, cudnn, platform, splash
+from mixtral_jax.kernels import (
+    MASKED,
+    check_body,
+    chunks,
+    cudnn,
+    device_kind,
+    platform,
+    splash,
+)
 
 PLATFORMS = {
     "xla": ("cpu", "gpu", "tpu"),
@@ -69,8 +77,9 @@ def resolve(implementation: str | None, length: int, head: int, dtype: jnp.dtype
     if implementation == "cudnn" and not cudnn.fits(length, head, dtype):
         raise ValueError(
             f"attention=cudnn wants an even sequence_length, a head_dim of 8, 16, ... "
-            f"{cudnn.WIDEST_HEAD} and a compute_dtype of bfloat16, not {length}, {head} and "
-            f"{jnp.dtype(dtype)}: use xla, or leave it empty"
+            f"{cudnn.WIDEST_HEAD}, a compute_dtype of bfloat16 and a GPU of compute capability "
+            f"{cudnn.CAPABILITY} or more, not {length}, {head} and {jnp.dtype(dtype)} on "
+            f"{device_kind()}: use xla, or leave it empty"
         )
     if implementation == "chunks" and not chunks.fits(length):
         raise ValueError(

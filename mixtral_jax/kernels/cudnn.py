@@ -16,16 +16,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mixtral_jax.kernels import NARROW
+from mixtral_jax.kernels import NARROW, compute_capability
 
 WIDEST_HEAD = 128
+CAPABILITY = 8.0
+"""Of a GPU at least."""
 FORWARD = "dot_product_attention_fwd"
 """How the name of the kernel's primitive begins."""
 
 
 def fits(length: int, head: int, dtype: jnp.dtype) -> bool:
-    """Whether the kernels take sequences of this length, and heads of this width and type."""
-    narrow = jnp.dtype(dtype) in NARROW
+    """Whether the kernels take sequences of this length, and heads of this width and type, here."""
+    narrow = jnp.dtype(dtype) in NARROW and compute_capability() >= CAPABILITY
     return narrow and length % 2 == 0 and head % 8 == 0 and head <= WIDEST_HEAD
 
 

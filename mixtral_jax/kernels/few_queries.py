@@ -21,14 +21,16 @@ TILES = Tiles(64, 0, programs=256, stages=3)
 """Places of a cache in a block; and programs, for all heads of all sequences, if that needs no part
 shorter than a block."""
 MOST_PARTS = 32
+WIDEST_HEAD = 128
+"""Blocks of wider ones do not fit into the shared memory of many GPUs."""
 
 
 def fits(q_BLKGH: jax.Array, k_BKSH: jax.Array) -> bool:
     """Whether the kernel runs here, on such queries and such keys."""
     _, length, _, groups, head = q_BLKGH.shape
-    square = head >= few_rows.LEAST and head == pl.next_power_of_2(head)
+    square = few_rows.LEAST <= head <= WIDEST_HEAD and head == pl.next_power_of_2(head)
     narrow = few_rows.fits(groups, q_BLKGH.dtype) and q_BLKGH.dtype == k_BKSH.dtype
-    numbered = k_BKSH.size < 2**31  # places in an array are int32
+    numbered = k_BKSH.size < 2**31  # JAX counts places of more in int64, untried here
     return narrow and square and numbered and length == 1 and k_BKSH.ndim == 4
 
 

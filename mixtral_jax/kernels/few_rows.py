@@ -20,7 +20,7 @@ try:
 except ImportError:  # JAX has announced that it will go
     triton = None
 
-from mixtral_jax.kernels import NARROW, block_of, ceil, dot, platform
+from mixtral_jax.kernels import NARROW, block_of, ceil, compute_capability, dot, platform
 
 MOST = 32
 """Rows at most."""
@@ -29,6 +29,8 @@ LEAST = 16
 ALIGNED = 64
 """The matrices' dimensions are multiples of it."""
 TYPES = NARROW
+CAPABILITY = 8.0
+"""Of a GPU at least, for Triton."""
 
 
 class Tiles(NamedTuple):
@@ -51,7 +53,7 @@ TILES = Tiles(64, 128, programs=256)
 def fits(rows: int, dtype: jnp.dtype, *sizes: int) -> bool:
     """Whether these kernels run here, on so many rows and on matrices with dimensions of sizes."""
     aligned = not any(size % ALIGNED for size in sizes)
-    here = platform() == "gpu" and triton is not None
+    here = platform() == "gpu" and triton is not None and compute_capability() >= CAPABILITY
     return here and rows <= MOST and jnp.dtype(dtype) in TYPES and aligned
 
 

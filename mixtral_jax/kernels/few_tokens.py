@@ -20,11 +20,14 @@ INTO, OUT_OF = Tiles(32, 256, programs=100, warps=8), Tiles(64, 128, programs=51
 """Of gate and up, and of down: programs are those of all slots. For gate and up blocks become
 narrower, but not below NARROW, until there are as many."""
 NARROW = 64
+FEWER_STAGES = 3
+"""Of gate and up, for more than LEAST tokens: four need more than the 99 KiB of shared memory that
+many GPUs have."""
 
 
 def fits(tokens: int, experts: int, width: int, hidden: int, dtype: jnp.dtype) -> bool:
     """Whether the kernels run here, on so many tokens and matrices [experts, width, hidden]."""
-    numbered = experts * width * hidden < 2**31  # places in an array are int32
+    numbered = experts * width * hidden < 2**31  # JAX counts places of more in int64, untried here
     return numbered and few_rows.fits(tokens, dtype, width, hidden)
 
 
@@ -107,6 +110,8 @@ def _hidden(x_TD, gate_EDF, up_EDF, ids_TC, tiles: Tiles):
     """
     (tokens, width), (experts, _, hidden) = x_TD.shape, gate_EDF.shape
     rows, per_token = padded(tokens), ids_TC.shape[1]
+    if rows > few_rows.LEAST:
+        tiles = tiles._replace(stages=min(tiles.stages, FEWER_STAGES))
     slots = min(experts, ids_TC.size)
     depth, columns = block_of(width, tiles.depth), block_of(hidden, tiles.columns)
     while columns > NARROW and hidden // columns * slots < tiles.programs:

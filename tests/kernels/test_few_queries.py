@@ -46,6 +46,7 @@ def test_what_it_takes(monkeypatch):
     assert few_queries.fits(q_BLKGH, k_BKSH)
     assert not few_queries.fits(jnp.tile(q_BLKGH, (1, 2, 1, 1, 1)), k_BKSH)
     assert not few_queries.fits(q_BLKGH[..., :12], k_BKSH[..., :12])
+    assert not few_queries.fits(jnp.tile(q_BLKGH, 16), jnp.tile(k_BKSH, 16)), "heads of 256"
     assert not few_queries.fits(q_BLKGH, k_BKSH.astype(jnp.int8))
     assert not few_queries.fits(q_BLKGH, k_BKSH[None])
     long = jax.ShapeDtypeStruct((B, K, 2**25, H), k_BKSH.dtype)

@@ -1,12 +1,14 @@
 """The kernels for a few rows, interpreted: products with matrices, against NumPy's."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 
-from mixtral_jax.kernels import few_rows
+from mixtral_jax.kernels import cudnn, few_rows
 
 D, SIZES = 192, (96, 32, 64)
 
@@ -48,6 +50,17 @@ def test_without_pallas_way_to_triton_there_are_none(monkeypatch):
     assert few_rows.fits(1, jnp.bfloat16, 64)
     monkeypatch.setattr(few_rows, "triton", None)
     assert not few_rows.fits(1, jnp.bfloat16, 64)
+
+
+def test_a_gpu_before_triton_has_none(monkeypatch):
+    monkeypatch.setattr(few_rows, "platform", lambda: "gpu")
+    t4 = types.SimpleNamespace(device_kind="Tesla T4", compute_capability="7.5")
+    monkeypatch.setattr(jax, "devices", lambda: [t4])
+    assert not few_rows.fits(1, jnp.bfloat16, 64)
+    assert not cudnn.fits(64, 64, jnp.bfloat16)
+    t4.compute_capability = "8.0"
+    assert few_rows.fits(1, jnp.bfloat16, 64)
+    assert cudnn.fits(64, 64, jnp.bfloat16)
 
 
 @pytest.mark.gpu

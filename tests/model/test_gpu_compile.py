@@ -10,7 +10,9 @@ from collections import Counter
 from importlib import metadata
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from mixtral_jax import sharding
 from mixtral_jax.analysis import generation_report
@@ -18,7 +20,7 @@ from mixtral_jax.analysis import gpus as gpus_module
 from mixtral_jax.analysis.gpus import get_devices
 from mixtral_jax.analysis.prices import compile_step
 from mixtral_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig
-from mixtral_jax.kernels import few_rows
+from mixtral_jax.kernels import few_rows, few_tokens
 from mixtral_jax.training.step import kernels_of_step
 
 CUDNN = any(d.name.startswith("nvidia-cudnn") for d in metadata.distributions())
@@ -132,3 +134,15 @@ def test_decoding_copies_no_matrix(gpus, sequences, triton, mosaic):
     one_layer = 2 * 3 * 8 * 512 * 2048
     room = 4 if sequences == few_rows.MOST else 8  # for that many, parts of sums take more
     assert compiled.memory_analysis().temp_size_in_bytes < one_layer / room
+
+
+def test_the_experts_of_few_tokens_fit_into_99_kib_of_shared_memory(gpus):
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    into, out_of = shape(8, 256, 3584), shape(8, 3584, 256)
+    chosen = (shape(few_rows.MOST, 2, dtype=t) for t in (jnp.int32, jnp.float32))
+    mesh = sharding.make_mesh(devices=gpus(1, "rtx4090"))
+    with jax.set_mesh(mesh):
+        body = jax.shard_map(few_tokens.parts, in_specs=P(), out_specs=P(), check_vma=False)
+        jax.jit(body).lower(shape(few_rows.MOST, 256), into, into, out_of, *chosen).compile()
