@@ -1,7 +1,7 @@
 """Arrays in, arrays out: no modules, no config. Each kernel picks its platform's best body.
 
 experts           SwiGLU of rows sorted by expert; on CPU by swiglu_blocks
-grouped_matmul    its products: megablox (TPU), hopper (H100), tokamax, ragged_dot, blocks (CPU)
+grouped_matmul    its products: megablox (TPU), hopper (H100), blocks (CPU, other GPUs), ragged_dot
 differentiable    the gradients of megablox and hopper
 attention         of whole sequences: splash (TPU), cudnn (GPU), chunks (CPU), xla
 cached_attention  to a cache of keys and values, which it writes too

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
-from mixtral_jax.kernels import platform, vary_like
+from mixtral_jax.kernels import ceil, platform, vary_like
 from mixtral_jax.kernels.bits import bits, floats
 from mixtral_jax.kernels.rows import starts
 
@@ -101,7 +100,7 @@ def _sizes(rows: int, experts: int) -> list[int]:
     if platform() != "gpu":
         return sorted({min(STEP_ROWS * (i + 1), rows) for i in range(STEPS)})
     # One: the host waits before each turn of such a loop, and for a size that is not needed too.
-    even = pl.next_power_of_2(-(-rows // experts))
+    even = 1 << (ceil(rows, experts) - 1).bit_length()
     return [min(max(even, STEP_ROWS), MOST_ON_GPU, rows)]
 
 
