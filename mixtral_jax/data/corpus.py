@@ -152,7 +152,6 @@ def open_corpus(config: Config) -> Corpus:
     globs = tuple(source.files for source in data.train)
     weights = tuple(source.weight for source in data.train)
     return Corpus(documents, tuple(train), globs, weights, held_out, malformed, files)
-    return Corpus(tuple(train), weights, held_out, malformed, files)
 
 
 def check_source(config: Config) -> None:
