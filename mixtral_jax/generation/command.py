@@ -223,7 +223,7 @@ def _print_refused(
             printer.take(Event(number, 0, "", None, None, answer))
 
 
-def _shown(asked: Sequence[Asked], requests: Sequence[Request | str]) -> list[Shown]:
+def _shown(asked: Sequence[Asked], requests: Sequence[Request | Refused]) -> list[Shown]:
     return [
         Shown(_text_of(one), one.options.n if isinstance(request, Request) else 1, one.options.echo)
         for one, request in zip(asked, requests, strict=True)
