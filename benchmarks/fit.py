@@ -19,6 +19,7 @@ from mixtral_jax.analysis import generation_report
 from mixtral_jax.analysis import topology as topologies
 from mixtral_jax.analysis.memory import bytes_of, memory_of
 from mixtral_jax.config import MeshConfig, check_mesh
+from mixtral_jax.model.unstacked import whole_fits
 
 GIB = 2**30
 TABLE = [
@@ -53,7 +54,8 @@ def fit(
 
     began = time.perf_counter()
     asked = generation_report.Batch(batch, context // 2, context - context // 2)
-    both = generation_report.two_programs(config, mesh, asked)
+    whole = whole_fits(generation_report.shapes_of(config, asked), mesh, target.limit)
+    both = generation_report.two_programs(config, mesh, asked, whole)
     found = {
         kind: memory_of(partial(program.compile, mesh), program.arguments, target.limit)
         for kind, program in both.items()

@@ -33,8 +33,8 @@ from mixtral_jax.generation.sampling import Parameters
 from mixtral_jax.interop import folders, quantizing
 from mixtral_jax.kernels import cached_attention
 from mixtral_jax.model.cache import places
-from mixtral_jax.model.mixtral import abstract_state, chosen_kernels
-from mixtral_jax.model.unstacked import in_layers
+from mixtral_jax.model.mixtral import Mixtral, abstract_state, chosen_kernels
+from mixtral_jax.model.unstacked import in_layers, whole_fits
 
 
 class Batch(NamedTuple):
@@ -88,16 +88,26 @@ class Program(NamedTuple):
             return lowered.compile(compiler_options=options)
 
 
-def two_programs(model: ModelConfig, mesh: jax.sharding.Mesh, batch: Batch) -> dict[str, Program]:
-    """`prefill` and `decode` for a batch on a mesh."""
+def shapes_of(model: ModelConfig, batch: Batch) -> Mixtral:
+    """The model with shapes for its parameters, in the type that they are to have."""
     abstract = quantizing.abstract_state if batch.weights else abstract_state
-    graphdef, state = nnx.split(in_layers(nnx.merge(*abstract(model))))
+    return nnx.merge(*abstract(model))
+
+
+def two_programs(
+    model: ModelConfig, mesh: jax.sharding.Mesh, batch: Batch, whole: bool = True
+) -> dict[str, Program]:
+    """`prefill` and `decode` for a batch on a mesh.
+
+    Args: whole: as for model.unstacked.in_layers.
+    """
+    graphdef, state = nnx.split(in_layers(shapes_of(model, batch), whole=whole))
     params = sharding.placed_shapes(state, mesh)
     rows, lanes, alive = abstract_inputs(mesh, batch)
     size = places(min(batch.prompt_length + batch.max_new_tokens, model.max_position_embeddings))
     with jax.set_mesh(mesh):
-        whole = nnx.merge(graphdef, state)
-        progress = jax.eval_shape(lambda: empty(whole, batch.sequences, size, batch.cache_dtype))
+        shapes = nnx.merge(graphdef, state)
+        progress = jax.eval_shape(lambda: empty(shapes, batch.sequences, size, batch.cache_dtype))
     progress = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(
             a.shape, a.dtype, sharding=NamedSharding(mesh, a.sharding.spec)
@@ -145,12 +155,15 @@ def generation_report(
     _check(config, batch)
     with jax.set_mesh(mesh):
         check_kernels(chosen_kernels(model, batch.sequences, batch.length), target.priced)
-    whole = two_programs(model, mesh, batch)
+    whole = whole_fits(shapes_of(model, batch), mesh, target.limit)
+    programs = two_programs(model, mesh, batch, whole)
     report = {"topology": target.name, "chips": target.chips, **batch._asdict()}
-    for kind, program in whole.items():
+    where = "whole along expert" if whole else "split over expert"
+    report["outside_experts"] = where if config.mesh.expert > 1 else None
+    for kind, program in programs.items():
         found = memory_of(partial(program.compile, mesh), program.arguments, target.limit)
         if found["fits"] and target.priced:
-            found.update(estimates(price_of(kind, config, mesh, target, batch), target))
+            found.update(estimates(price_of(kind, config, mesh, target, batch, whole), target))
             tokens = batch.sequences
             if kind == "prefill":
                 shards = config.mesh.batch_shards
@@ -158,7 +171,7 @@ def generation_report(
             speed = tokens / target.chips / found["estimated_step_seconds"]
             found["estimated_tokens_per_second_per_chip"] = speed
         report[kind] = found
-    read = read_bytes(config, batch, whole["decode"])
+    read = read_bytes(config, batch, programs["decode"])
     seconds = read / target.chip.hbm_bytes_per_second
     report["decode"] |= {
         "limit_bytes": read,
@@ -169,7 +182,12 @@ def generation_report(
 
 
 def price_of(
-    kind: str, config: Config, mesh: jax.sharding.Mesh, target: topology.Slice, batch: Batch
+    kind: str,
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    target: topology.Slice,
+    batch: Batch,
+    whole: bool,
 ) -> prices.Price:
     """The price of one run of `prefill` or of `decode`."""
     model = config.model.dropless()
@@ -181,7 +199,7 @@ def price_of(
     def of_layers(layers: int) -> prices.Price:
         few = dataclasses.replace(model, num_hidden_layers=layers, scan_layers=False)
         with cached_attention.whole():
-            compiled = two_programs(few, mesh, batch)[kind].compile(mesh, prices.PRICED_WITH)
+            compiled = two_programs(few, mesh, batch, whole)[kind].compile(mesh, prices.PRICED_WITH)
         return prices.price_of(compiled, mesh, target, share)
 
     return prices.extrapolate(of_layers, model.num_hidden_layers)
@@ -234,9 +252,8 @@ def table(report: dict[str, Any]) -> str:
             f"{report['part']}, {report['max_new_tokens']} new ones each",
         ),
     ]
-    for kind, key in (("weights", "weights"), ("cache", "cache_dtype")):
-        if report[key]:
-            rows.append((kind, report[key]))
+    told = {"weights": "weights", "outside the experts": "outside_experts", "cache": "cache_dtype"}
+    rows += [(name, report[key]) for name, key in told.items() if report[key]]
     for kind in ("prefill", "decode"):
         found = report[kind]
         memory = found["bytes_per_device"]

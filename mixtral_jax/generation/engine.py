@@ -34,7 +34,7 @@ from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.generation.answering import Event, Task
 from mixtral_jax.generation.compiled import Programs, small_products
 from mixtral_jax.generation.devices import Devices
-from mixtral_jax.generation.placing import Placing, rows_that_fit
+from mixtral_jax.generation.placing import Placing, memory_of_device, rows_that_fit
 from mixtral_jax.generation.programs import NOTHING, empty
 from mixtral_jax.generation.request import Options, Request, Serving, check_request
 from mixtral_jax.generation.results import Answer
@@ -44,7 +44,7 @@ from mixtral_jax.interop.strict_json import quote
 from mixtral_jax.kernels import platform
 from mixtral_jax.model.cache import bytes_of_row, places
 from mixtral_jax.model.mixtral import Mixtral, compute_dtype
-from mixtral_jax.model.unstacked import converts_blocks, in_layers, unstacked
+from mixtral_jax.model.unstacked import converts_blocks, in_layers, unstacked, whole_fits
 
 PART = Serving.part
 ROWS = 8
@@ -113,7 +113,8 @@ class Engine:
             dtype = jnp.dtype(cache_dtype or compute_dtype(self.config))
             shards, here = sharding.batch_shards(), platform()
         if here != "cpu":
-            model = in_layers(model, consume=consume)
+            whole = whole_fits(model, mesh, memory_of_device(mesh))
+            model = in_layers(model, consume=consume, whole=whole)
         size = bytes_of_row(self.config, length, dtype)
         self.rows = self._rows_in_memory(rows or ROWS, size, mesh, shards)
         options: dict[str, str] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -95,6 +96,12 @@ class Placing:
         least = column(np.int32, "min_new_tokens")
         placed = self.split(seed, least, ends, wanted, *parameters)
         return Rows(*placed[:4], Parameters(*placed[4:]))
+
+
+def memory_of_device(mesh: jax.sharding.Mesh) -> float:
+    """Bytes that JAX has of each device; infinity where it does not say."""
+    stats = mesh.local_mesh.devices.flat[0].memory_stats() or {}
+    return stats.get("bytes_limit", math.inf)
 
 
 def rows_that_fit(size: int, mesh: jax.sharding.Mesh) -> int:

@@ -2,8 +2,8 @@
 
 XLA copies what a program takes out of an array (on CPU always, on GPU and TPU for kernels), and
 reads arrays that it is given whole where they lie. Stacked layers would be copied for every token.
-On GPU and TPU each device of the expert axis has all that lies outside the experts, which a step of
-decoding would gather for longer than it takes.
+On GPU and TPU each device of the expert axis has all that lies outside the experts, if it has the
+room: a step of decoding would gather it for longer than it takes.
 """
 
 from __future__ import annotations
@@ -21,17 +21,33 @@ from mixtral_jax.model.int8 import Int8
 from mixtral_jax.model.mixtral import Block, Mixtral, compute_dtype
 from mixtral_jax.model.quantized import CONTRACTED
 
+WHOLE = 0.8
+"""Share of a device's memory up to which weights may be whole along the expert axis."""
 LARGE = 1 << 20
 """Values of a matrix of bfloat16 from which it is read as it is no slower than in float32."""
 
 
-def in_layers(model: Mixtral, *, consume: bool = False) -> Mixtral:
-    """The same model with its layers in a list: a copy of them, on the devices they lie on.
+def whole_fits(model: Mixtral, mesh: jax.sharding.Mesh, memory: float) -> bool:
+    """Whether devices of so many bytes have room for what `in_layers` makes whole.
 
-    What lies outside the experts is no longer split over the expert axis, but whole along it.
+    Args: model: with stacked layers, or their shapes alone.
+    """
+
+    def held(param: nnx.Param) -> int:
+        array = param.get_value()
+        shape = sharding.on(mesh, *_served_axes(param)).shard_shape(array.shape)
+        return math.prod(shape) * array.dtype.itemsize
+
+    flat = nnx.to_flat_state(nnx.state(model))
+    return sum(held(param) for _, param in flat) <= WHOLE * memory
+
+
+def in_layers(model: Mixtral, *, consume: bool = False, whole: bool = True) -> Mixtral:
+    """The same model with its layers in a list: a copy of them, on the devices they lie on.
 
     Args:
       model: with stacked layers, or their shapes alone; or as it is to be, which is given back.
+      whole: put what lies outside the experts whole on each device of the expert axis, not split.
       consume: free the arrays of all layers as they are taken apart, and with them the given model:
         no more is held beside it than one of them, such as all layers' gate matrices.
     """
@@ -40,12 +56,14 @@ def in_layers(model: Mixtral, *, consume: bool = False) -> Mixtral:
     graphdef, params = nnx.split(model)
     new = nnx.merge(graphdef, jax.tree.map(lambda p: p, params))
     for path, param in nnx.to_flat_state(nnx.state(new)):
-        if path[0] != "layers":
+        if whole and path[0] != "layers":
             _serve(param, consume)
     layer_graphdef, stacked = nnx.split(new.layers)
     layers = [{} for _ in range(model.config.num_hidden_layers)]
     for path, param in nnx.to_flat_state(stacked):
-        array, logical = param.get_value(), _served_axes(param)[1:]
+        array, logical = param.get_value(), param.get_metadata("logical_axes")[1:]
+        if whole:
+            logical = _served_axes(param)[1:]
         for layer, part in zip(layers, _taken_apart(array, logical), strict=True):
             layer[path] = nnx.Param(part, logical_axes=logical)
         if consume:

@@ -14,7 +14,7 @@ from tiny import MODEL, make_batch
 from mixtral_jax import sharding
 from mixtral_jax.model import unstacked as unstacked_
 from mixtral_jax.model.mixtral import Mixtral, abstract_state
-from mixtral_jax.model.unstacked import converts_blocks, in_layers, unstacked
+from mixtral_jax.model.unstacked import converts_blocks, in_layers, unstacked, whole_fits
 
 CONFIG = dataclasses.replace(MODEL, hidden_size=32, head_dim=8, intermediate_size=48)
 
@@ -150,6 +150,21 @@ def test_what_is_outside_the_experts_is_whole_along_the_expert_axis():
         assert (sharding.EXPERT in axes) == path[-1].endswith(("_EDF", "_EFD")), path
     assert all(array.is_deleted() for array in split)
     assert sum(not array.is_deleted() for array in params) == 1  # the last norm, which stays
+
+
+def test_without_room_all_is_split():
+    mesh = sharding.make_mesh(1, 1, 4, 1)
+    model = model_on(mesh)
+    logical = model.layers.attention.wq_DKGH.get_metadata("logical_axes")[1:]
+    new = in_layers(model, whole=False)
+    assert new.layers[0].attention.wq_DKGH.get_metadata("logical_axes") == logical
+    assert new.head_DV.get_value() is model.head_DV.get_value()
+    held = sum(
+        leaf.addressable_shards[0].data.nbytes
+        for leaf in jax.tree.leaves(nnx.state(in_layers(model)))
+    )
+    assert whole_fits(model, mesh, held / 0.8)
+    assert not whole_fits(model, mesh, held / 0.8 - 8)
 
 
 def test_the_given_model_can_be_consumed():
