@@ -16,7 +16,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def bodies_here() -> list[str]:
-    """The bodies that run on this platform; the one that the model would take is the first."""
+    """The bodies that run on this platform."""
     from mixtral_jax.kernels import grouped_matmul, platform
 
     return [n for n, where in grouped_matmul.PLATFORMS.items() if platform() in where]

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from mixtral_jax.kernels import ceil, dot, platform, vary_like
+from mixtral_jax.kernels.rows import starts
 
 LARGEST = 127
 STEP = np.float32(1 / LARGEST)
@@ -111,9 +112,8 @@ def few_rows(
       out_RD in the type of x; rows past sum(group_sizes) are zeros.
     """
     experts, rows = group_sizes_E.shape[0], x_RD.shape[0]
-    ends_E1 = jnp.cumsum(group_sizes_E)[:, None]
-    row_1R = jnp.arange(rows, dtype=jnp.int32)[None]
-    mine_ER = (row_1R >= ends_E1 - group_sizes_E[:, None]) & (row_1R < ends_E1)
+    place_ER = jnp.arange(rows, dtype=jnp.int32)[None] - starts(group_sizes_E)[:, None]
+    mine_ER = (place_ER >= 0) & (place_ER < group_sizes_E[:, None])
 
     def of_all(w: Int8) -> jax.Array:
         flat = Int8(w.values.reshape(-1, w.values.shape[-1]), w.scale.reshape(-1))

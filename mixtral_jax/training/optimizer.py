@@ -72,7 +72,7 @@ def rounded(new: Any, old: Any, key: jax.Array) -> Any:
     """What a step makes of a state, in the types of the old one: bfloat16 by stochastic rounding.
 
     To the nearest, a weight would stand still whose update is less than half of bfloat16's step at
-    its size, 1/512: at usual learning rates most of them. Paper: arXiv 2010.06192, section 4.
+    its size, 1/512: at usual learning rates most of them. Paper: arXiv 2010.06192.
 
     Args:
       new, old: trees of the same structure; what is bfloat16 in old is float32 in new.
