@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import lax
@@ -90,7 +91,22 @@ def rounded(new: Any, old: Any, key: jax.Array) -> Any:
 
 def stochastically_rounded(x: jax.Array, key: jax.Array) -> jax.Array:
     """float32 to one of the two nearest values of bfloat16, whose mean is x."""
-    noise = jax.random.bits(key, x.shape, jnp.uint16, out_sharding=jax.typeof(x).sharding)
-    bits = lax.bitcast_convert_type(x, jnp.uint32) + noise  # carries into the upper half
-    up_or_down = lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    noisy = lax.bitcast_convert_type(x, jnp.uint32) + random_16_bits(key, x)  # carries upwards
+    up_or_down = lax.bitcast_convert_type((noisy >> 16).astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), up_or_down, x.astype(jnp.bfloat16))
+
+
+def random_16_bits(key: jax.Array, like: jax.Array) -> jax.Array:
+    """16 bits in uint32 for each number of an array, sharded as it is; the same on every mesh.
+
+    jax.random draws a seed for each row (along the last axis) only, as its bits cost more than all
+    else in an update. A number's are its place in the row and the seed, mixed as MurmurHash3 ends.
+    """
+    sharding = jax.typeof(like).sharding
+    rows = sharding.update(spec=sharding.spec[:-1])
+    seeds = jax.random.bits(key, like.shape[:-1], jnp.uint32, out_sharding=rows)
+    place = lax.broadcasted_iota(jnp.uint32, like.shape, like.ndim - 1, out_sharding=sharding)
+    bits = place * np.uint32(0x9E3779B9) + seeds[..., None]
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> shift)) * np.uint32(factor)
+    return bits >> 16

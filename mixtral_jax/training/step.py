@@ -103,8 +103,15 @@ def _forward(graphdef, params, batch: Batch):
     return sums, out.statistics
 
 
+def _in_float32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
 def _gradients(config: Config, graphdef, params, batch_MBL: Batch):
-    """Gradients, losses and statistics of a batch, summed over its microbatches by a scan."""
+    """Gradients, losses and statistics of a batch, summed over its microbatches by a scan.
+
+    Gradients of bfloat16 weights are bfloat16, their sums over microbatches float32.
+    """
     batch_tokens = (batch_MBL.segments_BL > 0).sum().astype(jnp.float32)
     weights = {
         "load_balance_weight": config.model.load_balance_weight,
@@ -119,17 +126,21 @@ def _gradients(config: Config, graphdef, params, batch_MBL: Batch):
 
     def one(params, batch):
         (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
-        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), aux
+        return grads, aux
+
+    def term(params, batch):
+        grads, aux = one(params, batch)
+        return _in_float32(grads), aux
 
     first = jax.tree.map(lambda x: x[0], batch_MBL)
     if config.training.gradient_accumulation == 1:
         grads, aux = one(params, first)
     else:
-        shapes = jax.eval_shape(one, params, first)
+        shapes = jax.eval_shape(term, params, first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding), shapes)
         add = partial(jax.tree.map, jnp.add)
         (grads, aux), _ = jax.lax.scan(
-            lambda total, batch: (add(total, one(params, batch)), None), zeros, batch_MBL
+            lambda total, batch: (add(total, term(params, batch)), None), zeros, batch_MBL
         )
     return grads, *aux, batch_tokens
 
@@ -157,15 +168,16 @@ def make_train_step(
     def train_step(state: TrainState, batch_MBL: Batch) -> tuple[TrainState, StepMetrics]:
         grads, losses, statistics, tokens = _gradients(config, graphdef, state.params, batch_MBL)
         with jax.named_scope("optimizer"):
-            grad_norm = optax.tree.norm(grads)
+            grad_norm = optax.tree.norm(_in_float32(grads))
             finite = jnp.isfinite(losses.total) & jnp.isfinite(grad_norm)
             old = state.params, state.optimizer
 
             def update():
+                # Of float32 gradients the optimizer makes float32, of bfloat16 state too. They are
+                # converted here, where it fuses, and not kept for it twice as large.
                 updates, changed = optimizer.update(
-                    grads, state.optimizer, state.params, norm=grad_norm
+                    _in_float32(grads), state.optimizer, state.params, norm=grad_norm
                 )
-                # Gradients are float32, and with them what the optimizer makes of bfloat16 state.
                 new = jax.tree.map(jnp.add, state.params, updates), changed
                 return rounded(new, old, jax.random.fold_in(key, state.step))
 

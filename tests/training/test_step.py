@@ -103,8 +103,10 @@ def test_training_on_one_batch_lowers_its_loss():
     assert [int(state.step) for state, _ in out] == list(range(7))
 
 
-def test_bfloat16_weights_train_and_the_state_keeps_its_types():
-    config = make_config(model={"param_dtype": "bfloat16"}, training={"warmup_steps": 0})
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_bfloat16_weights_train_and_the_state_keeps_its_types(microbatches):
+    training = {"warmup_steps": 0, "gradient_accumulation": microbatches}
+    config = make_config(model={"param_dtype": "bfloat16"}, training=training)
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh):
         state = steps.initial_state(config, mesh)
@@ -119,6 +121,21 @@ def test_bfloat16_weights_train_and_the_state_keeps_its_types():
     assert (jax.tree.map(jnp.shape, state), jax.tree.map(lambda a: a.dtype, state)) == before
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
     assert losses[-1] < losses[0] - 0.05
+
+
+def test_bfloat16_weights_take_less_memory():
+    """Neither gradients nor random bits are held for them in 4 bytes each."""
+    bytes_of = {}
+    for dtype in ("float32", "bfloat16"):
+        sizes = {"param_dtype": dtype, "intermediate_size": 4096}
+        config = make_config(model=sizes, training={"batch_size": 1})
+        mesh = sharding.make_mesh()
+        with jax.set_mesh(mesh):
+            shapes = steps.abstract_train_state(config, mesh), Placement(config, mesh).abstract()
+            step = jax.jit(steps.make_train_step(config), donate_argnums=0)
+            memory = step.lower(*shapes).compile().memory_analysis()
+        bytes_of[dtype] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    assert bytes_of["bfloat16"] < 0.9 * bytes_of["float32"]
 
 
 def test_bfloat16_weights_keep_small_updates():
