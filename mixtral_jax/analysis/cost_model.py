@@ -261,8 +261,10 @@ def _interconnect(config: Config, sizes: Sizes, target: SliceName, slices: int) 
     dense = 2 * model.hidden_size * attention * sizes.heads * sizes.item
     ends = 2 * model.vocab_size * model.hidden_size * sizes.heads * sizes.item
     both = fsdp * mesh.expert
-    gather = 3 * torus.staged_gather_seconds(experts, fsdp, links[1], chip)
-    gather += 3 * torus.gather_seconds(dense, both, links[1] + links[2], chip)
+    # Where fsdp spans slices, gradients are summed whole within each before they cross.
+    passes = 4 if slices > across_data else 3
+    gather = passes * torus.staged_gather_seconds(experts, fsdp, links[1], chip)
+    gather += passes * torus.gather_seconds(dense, both, links[1] + links[2], chip)
     exchange = 0.0
     if sizes.exchanged:
         sent = sizes.rows if model.exchange != "padded" else sizes.buffer
@@ -277,5 +279,6 @@ def _interconnect(config: Config, sizes: Sizes, target: SliceName, slices: int) 
     step += 2 * torus.gather_seconds(ends, both, links[1] + links[2], chip)
     held = parameters(config) * sizes.item
     copies = 2 * torus.gather_seconds(held, data, links[0], chip)
-    network = torus.network_seconds(held, slices, chip) if slices > 1 else 0.0
+    network = torus.network_seconds(held, across_data, chip)
+    network += 3 * torus.network_gather_seconds(held, slices // across_data, chip)
     return steps * (step + copies + network)

@@ -105,3 +105,8 @@ def all_to_all_seconds(buffer_bytes: float, links: Links, chip: Chip) -> float:
 def network_seconds(part_bytes: float, slices: int, chip: Chip) -> float:
     """To sum over slices an array of which each device holds a part."""
     return 2 * part_bytes * (slices - 1) / slices / chip.network_bytes_per_second
+
+
+def network_gather_seconds(part_bytes: float, slices: int, chip: Chip) -> float:
+    """To gather over slices such an array on each device, or to sum and scatter it."""
+    return part_bytes * (slices - 1) / chip.network_bytes_per_second

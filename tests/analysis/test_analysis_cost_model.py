@@ -160,6 +160,20 @@ def test_seconds_of_gathers_and_exchanges():
     assert staged == pytest.approx(4 * 3 / 4 / 200 + 64 * 15 / 16 / 400)
     assert torus.all_to_all_seconds(64e9, ring, chip) == pytest.approx(64 / 2 / 100)
     assert torus.network_seconds(50e9, 2, chip) == pytest.approx(8)
+    assert torus.network_gather_seconds(50e9, 3, chip) == pytest.approx(16)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "passes", "crossing"),
+    [({"data": 3, "fsdp": 4}, 3, 2 * 2 / 3), ({"fsdp": 12}, 4, 3 * 2)],
+)
+def test_what_crosses_the_network_depends_on_the_axis_that_spans_the_slices(mesh, passes, crossing):
+    config = make_config(mesh, 24, 7, accumulation=2, **SMALL)
+    layer = 2 * (3 * 4 * 24 * 40 + 2 * 24 * 10 * (6 + 2))
+    inside = (3 * passes * layer + 2 * 2 * 2 * 96 * 24) * 3 / 4
+    between = crossing * 2 * cost_model.parameters(config)
+    found = cost_model.estimate(config, chips.parse("v5p:2x2x1"), slices=3).seconds
+    assert found["interconnect"] == pytest.approx(2 * (inside / 200e9 + between / 6.25e9))
 
 
 def test_rows_that_are_kept_are_not_exchanged_again():
