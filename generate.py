@@ -26,12 +26,11 @@ one of NVIDIA's GPUs, what they take of its memory.
 import argparse
 import dataclasses
 import io
-import os
 import sys
 from collections.abc import Iterable
 
 try:
-    from mixtral_jax.command_line import OutputError, Parser, report, with_huge_pages
+    from mixtral_jax.command_line import OutputError, Parser, report, unwritten, with_huge_pages
 except ModuleNotFoundError as error:  # this Python is not that of the environment
     sys.exit(f"error: {error}")
 from mixtral_jax.config import InputError
@@ -257,15 +256,10 @@ def main(argv: list[str] | None = None) -> int:
         return command.run(arguments.checkpoint, asked, style, deployment, serving)
     except InputError as error:
         return report(error)
-    except OutputError as error:
-        report(error)
-    except BrokenPipeError:  # whoever read the answer has gone
-        pass
+    except (OutputError, BrokenPipeError) as error:
+        return unwritten(error)
     except KeyboardInterrupt:
         return 130
-    if sys.stdout is not None:  # what could not be written would be tried again at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ try:
     from mixtral_jax import config_io
 except ModuleNotFoundError as error:  # this Python is not that of the environment
     sys.exit(f"error: {error}")
-from mixtral_jax.command_line import Parser, report, with_huge_pages
+from mixtral_jax.command_line import OutputError, Parser, report, unwritten, with_huge_pages
 from mixtral_jax.config import InputError, TrainingError
 from mixtral_jax.interop import folders
 
@@ -32,9 +32,11 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.compile_only is not None:
             from mixtral_jax.analysis import compile_report
 
-            return compile_report.run(
-                config, arguments.compile_only, arguments.report, arguments.slices
-            )
+            name, path, slices = arguments.compile_only, arguments.report, arguments.slices
+            try:
+                return compile_report.run(config, name, path, slices)
+            except (OutputError, BrokenPipeError) as error:
+                return unwritten(error)
         from mixtral_jax.training import loop  # only now: it loads JAX, and the config is good
 
         loop.train(config)

@@ -1,4 +1,4 @@
-"""What the commands share: one line for a mistake, one for the time of starting up, and Ctrl-C."""
+"""What the commands share: a line for a mistake, one for how long starting took, output, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -43,6 +43,31 @@ def report(error: InputError | OutputError | TrainingError) -> int:
     """Say what is wrong, on standard error; returns the exit code."""
     print(f"error: {error}", file=sys.stderr)
     return 2 if isinstance(error, InputError) else 1
+
+
+def write(text: str) -> None:
+    """Print on standard output, at once.
+
+    Raises:
+      BrokenPipeError: if whoever read it has gone.
+      OutputError: if it cannot be written for another reason.
+    """
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"standard output cannot be written: {error.strerror}") from None
+
+
+def unwritten(error: OutputError | BrokenPipeError) -> int:
+    """Say why standard output cannot be written, unless whoever read it has gone, and let go of it;
+    returns the exit code."""
+    if isinstance(error, OutputError):
+        report(error)
+    if sys.stdout is not None:  # what could not be written would be tried again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 @contextlib.contextmanager

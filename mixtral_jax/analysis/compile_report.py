@@ -22,7 +22,7 @@ import jax
 from mixtral_jax.analysis import topology
 from mixtral_jax.analysis.memory import memory_of
 from mixtral_jax.analysis.prices import Price, compile_step, price, step_arguments
-from mixtral_jax.analysis.report_file import check_path, write
+from mixtral_jax.analysis.report_file import check_path, show
 from mixtral_jax.config import Config, InputError
 from mixtral_jax.model.flops import training_flops_per_token
 from mixtral_jax.training.step import kernels_of_step
@@ -192,6 +192,5 @@ def run(config: Config, name: str, path: str = "", slices: int = 1) -> int:
     """
     check_path(path)
     report = compile_report(config, name, slices)
-    print(table(report))
-    write(report, path)
+    show(report, path, table(report))
     return 0 if report["fits"] else 1

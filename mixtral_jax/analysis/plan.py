@@ -239,13 +239,13 @@ def run(arguments: argparse.Namespace) -> int:
     plans = search.plans(base, target, arguments.slices, choices)
     if not plans:
         where = f"{arguments.slices} x {arguments.topology}"
-        print(search.why_none(base, target, arguments.slices, choices).format(where=where))
+        why = search.why_none(base, target, arguments.slices, choices).format(where=where)
+        command_line.write(f"{why}\n")
         return 1
     shown = [describe(plan, command(arguments, base, plan)) for plan in plans]
     if arguments.compile:
         compile_best(plans, shown, arguments)
-    print(table(shown[: arguments.top]))
-    report_file.write(shown, arguments.report)
+    report_file.show(shown, arguments.report, table(shown[: arguments.top]))
     return 0
 
 
@@ -254,6 +254,8 @@ def main(argv: list[str] | None = None) -> int:
         return run(make_parser().parse_intermixed_args(argv))
     except InputError as error:
         return command_line.report(error)
+    except (command_line.OutputError, BrokenPipeError) as error:
+        return command_line.unwritten(error)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from mixtral_jax import command_line
 from mixtral_jax.config import InputError
 
 
@@ -50,6 +51,19 @@ def write(report: Any, path: str) -> None:
             os.replace(unfinished, target)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def show(report: Any, path: str, shown: str) -> None:
+    """Write a report, if a file is named, and print it as text: one though the other cannot be.
+
+    Raises:
+      InputError: naming the file, if it cannot be written.
+      BrokenPipeError, OutputError: as command_line.write.
+    """
+    try:
+        write(report, path)
+    finally:
+        command_line.write(f"{shown}\n")
 
 
 def _is_replaced(path: str) -> bool:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax
 
-from mixtral_jax.command_line import OutputError
+from mixtral_jax import command_line
 from mixtral_jax.data.tokenizer import StreamDecoder, Tokenizer
 from mixtral_jax.generation.answering import Event
 from mixtral_jax.generation.results import Answer, to_json
@@ -194,17 +194,10 @@ def write(text: str) -> None:
     """Print on the first host's standard output, at once.
 
     Raises:
-      BrokenPipeError: if whoever read it has gone.
-      OutputError: if it cannot be written for another reason.
+      BrokenPipeError, OutputError: as command_line.write.
     """
-    if jax.process_index() != 0:
-        return
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise OutputError(f"standard output cannot be written: {error.strerror}") from None
+    if jax.process_index() == 0:
+        command_line.write(text)
 
 
 def say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 
 import jax
 import pytest
@@ -219,6 +220,19 @@ def test_a_report_is_shown_though_it_cannot_be_written_and_the_old_one_stands(
     assert compile_report.run(make_config(), "v5p:2x2x1", str(file)) == 0
     assert json.loads(file.read_text()) == {"fits": True}
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_report_is_written_though_it_cannot_be_shown(config_file, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "r.json"
+    monkeypatch.setattr(compile_report, "compile_report", lambda *_: {"fits": True})
+    monkeypatch.setattr(compile_report, "table", lambda report: "shown")
+    arguments = ["--config", str(config_file), "--compile-only", "v5p:2x2x1"]
+    with open("/dev/full", "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert train.main([*arguments, "--report", str(file)]) == 1
+    said = "error: standard output cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == said
+    assert json.loads(file.read_text()) == {"fits": True}
 
 
 def test_without_libtpu_the_message_says_what_to_install(config_file, capsys, monkeypatch):

@@ -1,7 +1,10 @@
 """The planner: what it proposes, its commands, and mistakes."""
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 import time
 
 import pytest
@@ -91,6 +94,18 @@ def test_a_command_says_all_of_its_plan(tmp_path, capsys):
         assert config.model.param_dtype == described["param_dtype"]
         assert config.training.batch_size == described["batch_size"]
         assert config.training.sequence_length == 4096
+
+
+def test_the_report_is_written_though_whoever_reads_the_table_has_gone(tmp_path):
+    file = tmp_path / "plans.json"
+    flags = ["--topology", "v5p:2x2x2", "mesh.fsdp=8", "model.remat=full", "--report", str(file)]
+    command = [sys.executable, "-m", "mixtral_jax.analysis.plan", *FLAGS, *flags]
+    read, written = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=written, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(written)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert json.loads(file.read_text())[0]["remat"] == "full"
 
 
 @pytest.mark.tpu_compile
