@@ -24,7 +24,7 @@ from mixtral_jax import config_io, sharding
 from mixtral_jax.analysis import prices, topology
 from mixtral_jax.analysis.compile_report import aligned, check_kernels, estimates
 from mixtral_jax.analysis.memory import bytes_of, memory_of
-from mixtral_jax.analysis.report_file import check_path, write
+from mixtral_jax.analysis.report_file import check_path, show
 from mixtral_jax.config import Config, InputError, ModelConfig
 from mixtral_jax.generation.engine import PART
 from mixtral_jax.generation.programs import ENDS, Lanes, Rows, empty, functions
@@ -295,6 +295,5 @@ def run(config: Config, name: str, batch: Batch, path: str = "", slices: int = 1
     """
     check_path(path)
     report = generation_report(config, name, batch, slices)
-    print(table(report))
-    write(report, path)
+    show(report, path, table(report))
     return 0 if report["prefill"]["fits"] and report["decode"]["fits"] else 1
