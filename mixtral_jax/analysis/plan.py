@@ -117,6 +117,7 @@ def command(arguments: argparse.Namespace, base: Config, plan: search.Plan) -> s
     if arguments.model is not None:
         parts.append(f"model.preset={arguments.model}")
     parts += arguments.overrides
+    given = {text.partition("=")[0] for text in arguments.overrides}
     sections = (
         ("model", ("param_dtype", "remat", "exchange", "receive_factor", "capacity_factor")),
         ("mesh", [field.name for field in dataclasses.fields(MeshConfig)]),
@@ -126,7 +127,8 @@ def command(arguments: argparse.Namespace, base: Config, plan: search.Plan) -> s
     for section, names in sections:
         for name in names:
             value = getattr(getattr(plan.config, section), name)
-            if value != getattr(getattr(plain, section), name):
+            known = value == getattr(getattr(plain, section), name)
+            if not known and f"{section}.{name}" not in given:
                 parts.append(f"{section}.{name}={'null' if value is None else value}")
     parts += ["--compile-only", arguments.topology]
     if arguments.slices > 1:
