@@ -21,6 +21,8 @@ ROOM = 0.95
 """Of a device's memory, what a plan may take by the cost model, whose error it must hold."""
 RECEIVE_FACTOR = 1.25
 """Room for rows received that is tried beside that for the worst case."""
+ANY_ROUTE = 16
+"""Most chips of a slice on which those of WITHOUT_RAGGED have a ragged all-to-all, if asked for."""
 
 
 class Plan(NamedTuple):
@@ -55,6 +57,7 @@ def meshes(base: Config, target: SliceName, slices: int, choices: Choices) -> It
     """The meshes over all devices that the model's sizes split over and that fit the torus."""
     devices = target.devices * slices
     sizes = [n for n in range(1, devices + 1) if devices % n == 0]
+    model = dataclasses.replace(base.model, exchange="")  # _exchanges knows which goes where
     for data, fsdp, expert in itertools.product(sizes, repeat=3):
         if devices % (data * fsdp * expert):
             continue
@@ -62,7 +65,7 @@ def meshes(base: Config, target: SliceName, slices: int, choices: Choices) -> It
         if not choices.mesh.items() <= vars(mesh).items():
             continue
         try:
-            check_mesh(base.model, mesh)
+            check_mesh(model, mesh)
         except InputError:
             continue
         if _lies_on(mesh, target, slices):
@@ -103,10 +106,25 @@ def why_none(base: Config, target: SliceName, slices: int, choices: Choices) -> 
     if copies and target.devices * slices > 1:
         return "no mesh over the devices of {where} splits the model's sizes: use another slice"
     if not any(_batches(mesh.batch_shards, choices.batch_size) for mesh in found):
-        batch = choices.batch_size
-        return f"--batch-size {batch} does not split over any mesh on {{where}}: use another"
+        shards = {mesh.batch_shards for mesh in found}
+        least = sorted(n for n in shards if not any(n > m and n % m == 0 for m in shards))
+        return (
+            f"--batch-size {choices.batch_size} does not split over any mesh on {{where}}: use a "
+            f"multiple of {' or '.join(map(str, least))}"
+        )
     if not any(_exchanges(mesh, choices, target) for mesh in found):
-        return "no mesh on {where} has experts to exchange between: leave model.exchange out"
+        named, kind = choices.model["exchange"], target.chip.device_kind
+        if all(mesh.expert == 1 for mesh in found):
+            return "no mesh on {where} has experts to exchange between: leave model.exchange out"
+        if named == "ragged":
+            return (
+                f"the compiler for {kind} refuses model.exchange=ragged on more than {ANY_ROUTE} "
+                "chips: leave it out"
+            )
+        return (
+            f"model.exchange={named} cannot reach experts on other devices: use padded or ragged, "
+            "or mesh.expert=1"
+        )
     return "nothing fits on {where}: use more chips"
 
 
@@ -153,8 +171,11 @@ def _exchanges(mesh: MeshConfig, choices: Choices, target: SliceName) -> list[tu
     named = choices.model.get("exchange")
     if mesh.expert == 1:
         return [("", None)] if named in (None, "", "local") else []
-    names = ["padded"] + ["ragged"] * (target.chip.device_kind not in WITHOUT_RAGGED)
-    names = [named] if named else names
+    without = target.chip.device_kind in WITHOUT_RAGGED
+    names = ["padded"] + ["ragged"] * (not without)
+    if named:
+        far = without and target.devices > ANY_ROUTE
+        names = [] if named == "local" or (named == "ragged" and far) else [named]
     if "receive_factor" in choices.model:
         return [(name, choices.model["receive_factor"]) for name in names]
     # The worst case in buckets of one size is more than is worth trying.

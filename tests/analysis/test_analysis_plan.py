@@ -1,5 +1,6 @@
 """The planner: what it proposes, its commands, and mistakes."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -58,6 +59,11 @@ def test_no_plan_has_an_exchange_that_the_compiler_refuses_there(plans):
     assert {found.config.model.exchange for found in plans} == {"", "ragged", "padded"}
     found = search.plans(BASE, chips.parse("v5e:8x8"), 1, search.Choices())
     assert {one.config.model.exchange for one in found if one.config.mesh.expert > 1} == {"padded"}
+    ragged = search.Choices(model={"exchange": "ragged"})
+    assert not search.plans(BASE, chips.parse("v5e:4x8"), 1, ragged)
+    small = dataclasses.replace(BASE.model, num_hidden_layers=2)
+    base = dataclasses.replace(BASE, model=small)
+    assert search.plans(base, chips.parse("v5e:4x4"), 1, ragged)
 
 
 def test_a_batch_asked_for_is_made_of_microbatches():
@@ -141,11 +147,19 @@ def test_the_best_are_compiled(tmp_path, capsys, optimized):
         (["--topology", "v5p:4x4x4", "mesh.fsdp=3"], "no mesh over the devices of 1 x v5p:4x4x4"),
         (
             ["--topology", "v5p:4x4x4", "--batch-size", "7", "mesh.expert=8"],
-            "--batch-size 7 does not split over any mesh on 1 x v5p:4x4x4",
+            "--batch-size 7 does not split over any mesh on 1 x v5p:4x4x4: use a multiple of 8",
         ),
         (
             ["--topology", "v5p:4x4x4", "mesh.fsdp=64", "model.exchange=ragged"],
             "no mesh on 1 x v5p:4x4x4 has experts to exchange between",
+        ),
+        (
+            ["--topology", "v5p:4x4x4", "mesh.expert=4", "model.exchange=local"],
+            "model.exchange=local cannot reach experts on other devices: use padded or ragged",
+        ),
+        (
+            ["--topology", "v5e:16x16", "model.exchange=ragged"],
+            "the compiler for TPU v5 lite refuses model.exchange=ragged on more than 16 chips",
         ),
     ],
 )
