@@ -8,7 +8,6 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from mixtral_jax.analysis import torus
 from mixtral_jax.analysis.chips import SliceName
 from mixtral_jax.analysis.cost_model import Estimate, estimate
 from mixtral_jax.config import REMAT_POLICIES, Config, InputError, MeshConfig, check_mesh
@@ -54,7 +53,7 @@ class Choices(NamedTuple):
 
 
 def meshes(base: Config, target: SliceName, slices: int, choices: Choices) -> Iterator[MeshConfig]:
-    """The meshes over all devices that the model's sizes split over and that fit the torus."""
+    """The meshes over all devices that the model's sizes and the slices split over."""
     devices = target.devices * slices
     sizes = [n for n in range(1, devices + 1) if devices % n == 0]
     model = dataclasses.replace(base.model, exchange="")  # _exchanges knows which goes where
@@ -68,18 +67,8 @@ def meshes(base: Config, target: SliceName, slices: int, choices: Choices) -> It
             check_mesh(model, mesh)
         except InputError:
             continue
-        if _lies_on(mesh, target, slices):
+        if (mesh.data if mesh.data > 1 else mesh.fsdp) % slices == 0:
             yield mesh
-
-
-def _lies_on(mesh: MeshConfig, target: SliceName, slices: int) -> bool:
-    """Whether the data axis, or fsdp without one, spans the slices, and all lie on the torus."""
-    outer = mesh.data if mesh.data > 1 else mesh.fsdp
-    if outer % slices:
-        return False
-    inner = [mesh.data, mesh.fsdp, mesh.expert, mesh.tensor]
-    inner[0 if mesh.data > 1 else 1] //= slices
-    return torus.fits(target, inner)
 
 
 def plans(base: Config, target: SliceName, slices: int, choices: Choices) -> list[Plan]:

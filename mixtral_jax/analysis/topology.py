@@ -11,7 +11,7 @@ import jax
 from jax.experimental import topologies
 
 from mixtral_jax import sharding
-from mixtral_jax.analysis import gpus
+from mixtral_jax.analysis import gpus, torus
 from mixtral_jax.analysis.chips import Chip, parse
 from mixtral_jax.config import InputError, MeshConfig
 
@@ -55,12 +55,7 @@ class Slice:
 
         Of a group in several slices, those within a slice.
         """
-        extents = [len(set(places)) for places in zip(*(d.coords for d in devices))]
-        return [
-            (chips, self.chip.links(chips, length))
-            for chips, length in zip(extents, self.shape)
-            if chips > 1
-        ]
+        return torus.links_of([device.coords for device in devices], self.shape, self.chip)
 
 
 def slices_of(devices: Sequence[jax.Device]) -> int:

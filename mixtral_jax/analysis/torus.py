@@ -5,9 +5,13 @@ The model is that of collectives.py, which reads off a compiled program what is 
 
 from __future__ import annotations
 
+import functools
 import itertools
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jax.experimental import mesh_utils
 
 from mixtral_jax.analysis.chips import Chip, SliceName
 from mixtral_jax.kernels.gather import FIRST_STAGE, STAGED_FROM
@@ -16,59 +20,42 @@ Links = list[tuple[int, int]]
 """Of a group of chips, for each axis of the torus that it extends along: (chips, links a chip)."""
 
 
-def lay_out(target: SliceName, sizes: Sequence[int]) -> list[Links]:
-    """The links of each mesh axis, as jax.make_mesh lays a mesh on a slice.
+@dataclass(frozen=True)
+class Place:
+    """A device of a slice that is not there: what JAX wants to know of it to lay out a mesh."""
 
-    From the last axis to the first, each takes as many whole axes of the torus as make up its
-    size, or else parts of them.
+    id: int
+    coords: tuple[int, int, int]
+    core_on_chip: int
+    device_kind: str
+    platform: str = "tpu"
+
+
+@functools.cache
+def lay_out(target: SliceName, sizes: tuple[int, ...]) -> list[Links]:
+    """The links of each mesh axis, where sharding.make_mesh lays it on a slice.
 
     Args:
-      target: its chips are as many as the product of the sizes, or half of it where a chip counts
-        as two devices: the last mesh axis then has both.
+      target: its devices are as many as the product of the sizes.
       sizes: of the mesh axes within one slice.
     """
-    free, found = list(target.shape), []
-    rest = target.chip.per_chip
-    for size in reversed(sizes):
-        inside = math.gcd(size, rest)
-        size, rest = size // inside, rest // inside
-        taken = _whole_axes(free, size)
-        if taken is None:
-            taken = _parts(free, size)
-        links = []
-        for axis, chips in taken:
-            links.append((chips, target.chip.links(chips, target.shape[axis])))
-            free[axis] //= chips
-        found.append(links)
-    return found[::-1]
+    grid = mesh_utils.create_device_mesh(sizes, _places(target), allow_split_physical_axes=True)
+    lines = (np.moveaxis(grid, axis, 0).reshape(size, -1)[:, 0] for axis, size in enumerate(sizes))
+    return [links_of([place.coords for place in line], target.shape, target.chip) for line in lines]
 
 
-def fits(target: SliceName, sizes: Sequence[int]) -> bool:
-    """Whether mesh axes of these sizes can be laid on a slice's torus, whole axes or parts."""
-    laid = lay_out(target, sizes)
-    chips = math.prod(chips for links in laid for chips, _ in links)
-    return chips * target.chip.per_chip == math.prod(sizes)
+@functools.cache
+def _places(target: SliceName) -> list[Place]:
+    x, y, z = (range(n) for n in (*target.shape, 1)[:3])
+    cores, kind = range(target.chip.per_chip), target.chip.device_kind
+    coords = ((at[::-1], core) for *at, core in itertools.product(z, y, x, cores))
+    return [Place(number, tuple(at), core, kind) for number, (at, core) in enumerate(coords)]
 
 
-def _whole_axes(free: list[int], size: int) -> list[tuple[int, int]] | None:
-    """(axis, chips) of the most whole axes whose product is the size."""
-    axes = [axis for axis, chips in enumerate(free) if chips > 1]
-    for count in range(len(axes), -1, -1):
-        for chosen in itertools.combinations(axes, count):
-            if math.prod(free[axis] for axis in chosen) == size:
-                return [(axis, free[axis]) for axis in chosen]
-    return None
-
-
-def _parts(free: list[int], size: int) -> list[tuple[int, int]]:
-    """(axis, chips) of parts of axes whose product is the size, as far as it goes."""
-    taken = []
-    for axis in sorted(range(len(free)), key=lambda axis: -free[axis]):
-        part = math.gcd(free[axis], size)
-        if part > 1:
-            taken.append((axis, part))
-            size //= part
-    return taken
+def links_of(coords: Sequence[Sequence[int]], shape: Sequence[int], chip: Chip) -> Links:
+    """The links of a group of devices at these places of a torus of this shape."""
+    extents = [len(set(along)) for along in zip(*coords)]
+    return [(n, chip.links(n, length)) for n, length in zip(extents, shape) if n > 1]
 
 
 def sent_seconds(sent_bytes: float, links: Links, chip: Chip) -> float:
