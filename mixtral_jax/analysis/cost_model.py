@@ -24,14 +24,18 @@ EVERYTHING = KEPT["matmuls_rows"]
 """What `none` keeps of what has a name."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
-PASSES = {"tokens": 48, "rows": 20, "hidden": 12, "exchanged": 110, "weights": 6, "logits": 6}
+PASSES = {
+    **{"tokens": 48, "rows": 20, "hidden": 12, "exchanged": 110, "weights": 6, "logits": 6},
+    **{"scores": 11, "scores again": 5},
+}
 """How often a layer's training reads or writes a whole array, in memory traffic as the compiler
-prices it: [tokens, D], [rows, D], [rows, F], [rows, D] once more if they are exchanged, and the
-expert matrices if they are gathered; and the whole step [tokens, V]."""
+prices it: [tokens, D], [rows, D], [rows, F], [rows, D] once more if they are exchanged, the expert
+matrices if they are gathered, and [heads, tokens, L] if attention holds its scores, again if they
+are computed again; and the whole step [tokens, V]."""
 KEPT_ROWS = {"rows": 4, "exchanged": 6}
 """How much less often where the rows that reach the experts are kept."""
 
-WORKING = {"rows": 8, "hidden": 6, "weights": 1.3, "logits": 2, "gradients": 2}
+WORKING = {"rows": 8, "hidden": 6, "weights": 1.3, "scores": 2, "logits": 2, "gradients": 2}
 """How many such arrays are live at once beside what is kept; gradients are float32, of all weights.
 What is recomputed and not kept adds two more of its kind."""
 
@@ -107,7 +111,8 @@ def estimate(config: Config, target: SliceName, slices: int = 1) -> Estimate:
     sizes, steps = sizes_of(config), config.training.gradient_accumulation
     products, attention = _products(config, sizes), _attention_flops(config, sizes)
     chip, seconds = target.chip, _product_seconds(config, sizes, target.chip)
-    seconds += attention / (ATTENTION_UTILISATION * chip.peak_flops)
+    if not holds_scores(config):  # products of scores in memory wait for it
+        seconds += attention / (ATTENTION_UTILISATION * chip.peak_flops)
     return Estimate(
         bytes=_memory(config, sizes),
         flops=steps * (sum(products) + attention),
@@ -165,9 +170,8 @@ def _product_seconds(config: Config, sizes: Sizes, chip: Chip) -> float:
 def _attention_flops(config: Config, sizes: Sizes) -> float:
     """Of the products of scores and weights, causal where the kernel is splash."""
     model, length = config.model, config.training.sequence_length
-    aligned = splash.fits(length, model.head_size) and model.attention != "xla"
     share, products = 1.0, 6 + 2 * (model.remat != "none")
-    if aligned:
+    if not holds_scores(config):
         blocks = length / next(block for block in splash.BLOCKS if length % block == 0)
         share = (blocks + 1) / (2 * blocks)
         kept = splash.KEPT in KEPT.get(model.remat, EVERYTHING)
@@ -175,6 +179,21 @@ def _attention_flops(config: Config, sizes: Sizes) -> float:
     heads = model.num_attention_heads * sizes.heads
     one = 2 * sizes.tokens * length * share * heads * model.head_size
     return model.num_hidden_layers * products * one
+
+
+def holds_scores(config: Config) -> bool:
+    """Whether attention is `xla`: asked for, or as the kernel does not fit."""
+    fit = splash.fits(config.training.sequence_length, config.model.head_size)
+    return config.model.attention == "xla" or not fit
+
+
+def _scores(config: Config, sizes: Sizes) -> float:
+    """Bytes of a layer's scores in float32, if attention holds them. More of those of a single
+    sequence is fused: they count for three quarters."""
+    if not holds_scores(config):
+        return 0.0
+    length, heads = config.training.sequence_length, config.model.num_attention_heads * sizes.heads
+    return 4 * heads * sizes.tokens * length * (0.75 if sizes.tokens == length else 1)
 
 
 # ---- memory ------------------------------------------------------------------------------------
@@ -203,9 +222,12 @@ def kept_bytes(config: Config, sizes: Sizes) -> float:
         "expert_out": sizes.rows * width * sizes.item,
         "expert_in": sizes.buffer * width * sizes.item,
     }
+    if holds_scores(config):  # there is no kernel that leaves anything
+        every[splash.KEPT] = 0.0
     layer_input = sizes.tokens * width * sizes.item
     if model.remat == "none":  # also both norms' inputs and outputs, sent rows and the activation
-        more = 4 * sizes.tokens * width * 4 + sizes.buffer * width * sizes.item
+        scores = _scores(config, sizes) * (1 + sizes.item / 4)  # as they are multiplied too
+        more = scores + 4 * sizes.tokens * width * 4 + sizes.buffer * width * sizes.item
         return layer_input + sum(every.values()) + every["expert_up"] + more
     names = every.keys() & set(KEPT[model.remat])  # others are of other platforms' kernels
     return layer_input + sum(every[name] for name in names)
@@ -220,12 +242,13 @@ def _memory(config: Config, sizes: Sizes) -> dict[str, float]:
     rows = sizes.buffer * model.hidden_size * sizes.item * (WORKING["rows"] + again_rows)
     weights = sizes.matrices * sizes.item * WORKING["weights"]
     logits = sizes.tokens * model.vocab_size * sizes.heads * 4 * WORKING["logits"]
+    scores = _scores(config, sizes) * WORKING["scores"]
     accumulated = 4 * held * (config.training.gradient_accumulation > 1)
     return {
         "state": 3 * held * DTYPE_BYTES[model.param_dtype],
         "gradients": 4 * held * WORKING["gradients"] + accumulated,
         "kept": model.num_hidden_layers * kept_bytes(config, sizes),
-        "working": max(hidden + rows + weights, logits),
+        "working": max(hidden + rows + weights, logits, scores),
     }
 
 
@@ -233,6 +256,7 @@ def _traffic(config: Config, sizes: Sizes, steps: int) -> float:
     """Bytes that a step moves beside its matrix products."""
     model, mesh = config.model, config.mesh
     row = sizes.buffer * model.hidden_size * sizes.item
+    again = model.remat != "none"
     less = "expert_in" in KEPT.get(model.remat, EVERYTHING)
     rows, exchanged = (PASSES[what] - KEPT_ROWS[what] * less for what in ("rows", "exchanged"))
     layer = (
@@ -240,6 +264,7 @@ def _traffic(config: Config, sizes: Sizes, steps: int) -> float:
         + (rows + exchanged * sizes.exchanged) * row
         + PASSES["hidden"] * sizes.buffer * sizes.hidden * sizes.item
         + PASSES["weights"] * sizes.matrices * sizes.item * (mesh.fsdp > 1)
+        + (PASSES["scores"] + PASSES["scores again"] * again) * _scores(config, sizes)
     )
     logits = PASSES["logits"] * sizes.tokens * model.vocab_size * sizes.heads * 4
     update = parameters(config) * (6 * DTYPE_BYTES[model.param_dtype] + 4)

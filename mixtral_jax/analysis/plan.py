@@ -16,7 +16,7 @@ import sys
 from typing import Any
 
 from mixtral_jax import command_line, config_io
-from mixtral_jax.analysis import chips, report_file, search
+from mixtral_jax.analysis import chips, cost_model, report_file, search
 from mixtral_jax.config import (
     DTYPES,
     PRESETS,
@@ -26,6 +26,7 @@ from mixtral_jax.config import (
     check_choice,
 )
 from mixtral_jax.interop import folders
+from mixtral_jax.kernels import splash
 
 BASE = "configs/planned.yaml"
 FREE = ("remat", "exchange", "receive_factor")
@@ -158,6 +159,25 @@ def describe(plan: search.Plan, command: str) -> dict[str, Any]:
     }
 
 
+def about_attention(base: Config) -> str:
+    """A line for a model whose scores attention holds though nobody asked for it, or nothing."""
+    if not cost_model.holds_scores(base) or base.model.attention == "xla":
+        return ""
+    most, lanes, advice = base.model.max_position_embeddings, splash.LANES, []
+    for name, size, limit in (
+        ("training.sequence_length", base.training.sequence_length, most),
+        ("model.head_dim", base.model.head_size, math.inf),
+    ):
+        if size % lanes:
+            near = (size // lanes * lanes, (size // lanes + 1) * lanes)
+            good = " or ".join(str(n) for n in near if 0 < n <= limit)
+            advice.append(f"{name}={size}" + (f" (but {good})" if good else ""))
+    return (
+        f"attention is xla, which holds its scores in memory: splash wants multiples of {lanes}, "
+        f"not {', '.join(advice)}\n"
+    )
+
+
 def row(number: int, plan: dict[str, Any]) -> list[str]:
     """A plan's line of the table."""
     mesh = " ".join(f"{axis}={n}" for axis, n in plan["mesh"].items() if n > 1) or "1 device"
@@ -242,12 +262,13 @@ def run(arguments: argparse.Namespace) -> int:
     if not plans:
         where = f"{arguments.slices} x {arguments.topology}"
         why = search.why_none(base, target, arguments.slices, choices).format(where=where)
-        command_line.write(f"{why}\n")
+        command_line.write(f"{why}\n{about_attention(base)}")
         return 1
     shown = [describe(plan, command(arguments, base, plan)) for plan in plans]
     if arguments.compile:
         compile_best(plans, shown, arguments)
-    report_file.show(shown, arguments.report, table(shown[: arguments.top]))
+    text = f"{about_attention(base)}{table(shown[: arguments.top])}"
+    report_file.show(shown, arguments.report, text)
     return 0
 
 

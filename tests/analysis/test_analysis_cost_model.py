@@ -70,13 +70,30 @@ def test_splash_attention_computes_the_blocks_of_a_causal_mask():
     assert cost_model._attention_flops(full, sizes) == 8 * one
 
 
+@pytest.mark.parametrize(("remat", "again", "kept"), [("matmuls", 5, 0), ("none", 0, 1.5)])
+def test_scores_that_no_kernel_hides_take_memory_and_time(remat, again, kept):
+    batch = {"mesh": {"tensor": 2}, "batch": 3, "remat": remat}
+    kernel, held = (make_config(**batch, length=4096, attention=name) for name in ("", "xla"))
+    scores, output = 4 * 16 * 3 * 4096**2, 3 * 4096 * 16 * (128 * 2 + 4)
+    sizes = cost_model.sizes_of(held)
+    found = cost_model.estimate(held, chips.parse("v5p:2x1x1"))
+    assert found.bytes["working"] == 2 * scores
+    more = cost_model.kept_bytes(held, sizes) - cost_model.kept_bytes(kernel, sizes)
+    assert more == kept * scores - output
+    more = cost_model._traffic(held, sizes, 1) - cost_model._traffic(kernel, sizes, 1)
+    assert more == 32 * (11 + again) * scores
+    one = make_config({"tensor": 2}, 1, 15000, remat=remat)  # no multiple of 128
+    found = cost_model.estimate(one, chips.parse("v5p:2x1x1"))
+    assert found.bytes["working"] == 1.5 * 4 * 16 * 15000**2
+
+
 def test_bytes_by_hand():
     mesh = {"fsdp": 2, "expert": 2, "tensor": 2}
     config = make_config(mesh, 8, 7, remat="no_up", receive_factor=1.5, **SMALL)
     sizes = cost_model.sizes_of(config)
     assert (sizes.tokens, sizes.rows, sizes.buffer) == (14, 28, 56)  # 128 rows, but for the worst
     assert (sizes.hidden, sizes.matrices) == (20, 3 * 2 * 24 * 20)
-    attention = 14 * 5 * (6 + 4) * 2 + 14 * 6 * (10 / 2 * 2 + 4 / 2) + 14 * 24 * 2 + 28 * 8
+    attention = 14 * 5 * (6 + 4) * 2 + 14 * 24 * 2 + 28 * 8
     assert cost_model.kept_bytes(config, sizes) == 14 * 24 * 2 + attention + 56 * 20 * 2
     found = cost_model.estimate(config, chips.parse("v5p:2x2x2")).bytes
     norms = 7 * 24

@@ -102,6 +102,17 @@ def test_a_command_says_all_of_its_plan(tmp_path, capsys):
         assert config.training.sequence_length == 4096
 
 
+def test_attention_without_its_kernel_is_said_with_what_would_have_it(capsys):
+    flags = ["--topology", "v5p:2x2x2", "mesh.fsdp=8", "model.remat=full", "model.head_dim=96"]
+    wanted = "splash wants multiples of 128, not training.sequence_length=4000 (but 3968 or 4096)"
+    assert plan.main([*FLAGS, *flags, "--sequence-length", "4000"]) == 0
+    assert f"{wanted}, model.head_dim=96 (but 128)\n" in capsys.readouterr().out
+    assert plan.main([*FLAGS, *flags[:-1], "--sequence-length", "32760", "--batch-size", "64"]) == 1
+    assert "(but 32640 or 32768)\n" in capsys.readouterr().out
+    assert plan.main([*FLAGS, *flags[:-1]]) == 0
+    assert "splash" not in capsys.readouterr().out
+
+
 def test_the_report_is_written_though_whoever_reads_the_table_has_gone(tmp_path):
     file = tmp_path / "plans.json"
     flags = ["--topology", "v5p:2x2x2", "mesh.fsdp=8", "model.remat=full", "--report", str(file)]
