@@ -32,6 +32,8 @@ class Chip:
     """An axis of a slice is a ring if its length is a multiple of this; otherwise it is a line."""
     network_bytes_per_second: float
     """To other slices."""
+    pod_chips: int
+    """The most that a slice has."""
     priced_flops: float
     """FLOP/s at which the compiler's estimate prices a bfloat16 product (large and dense)."""
     priced_bytes: float
@@ -60,11 +62,13 @@ class Chip:
 
 GIB = 2**30
 CHIPS = {
-    "v4": Chip("TPU v4", 32 * GIB, 1228e9, 600e9, 3, 4, 6.25e9, 254.2e12, 982e9),
-    "v5e": Chip("TPU v5 lite", 16 * GIB, 819e9, 400e9, 2, 16, 3.125e9, 184.9e12, 738e9),
-    "v5p": Chip("TPU v5", 95 * GIB, 2765e9, 1200e9, 3, 4, 6.25e9, 394.0e12, 2350e9),
-    "v6e": Chip("TPU v6 lite", 32 * GIB, 1640e9, 800e9, 2, 16, 12.5e9, 918.0e12, 1638e9),
-    "tpu7x": Chip("TPU7x", 96 * GIB, 3690e9, 600e9, 3, 4, 6.25e9, 996.0e12, 3686e9, per_chip=2),
+    "v4": Chip("TPU v4", 32 * GIB, 1228e9, 600e9, 3, 4, 6.25e9, 4096, 254.2e12, 982e9),
+    "v5e": Chip("TPU v5 lite", 16 * GIB, 819e9, 400e9, 2, 16, 3.125e9, 256, 184.9e12, 738e9),
+    "v5p": Chip("TPU v5", 95 * GIB, 2765e9, 1200e9, 3, 4, 6.25e9, 8960, 394.0e12, 2350e9),
+    "v6e": Chip("TPU v6 lite", 32 * GIB, 1640e9, 800e9, 2, 16, 12.5e9, 256, 918.0e12, 1638e9),
+    "tpu7x": Chip(
+        "TPU7x", 96 * GIB, 3690e9, 600e9, 3, 4, 6.25e9, 9216, 996.0e12, 3686e9, per_chip=2
+    ),
 }
 
 
@@ -96,3 +100,20 @@ def parse(name: str) -> SliceName:
         example = "x".join(["4"] * chip.torus_axes)
         raise InputError(f"{name!r} has {len(sizes)} axes and {kind} {chip.torus_axes}: {example}")
     return SliceName(chip, sizes)
+
+
+def parse_real(name: str) -> SliceName:
+    """What a slice's name says, if hosts and pods can make up such a slice.
+
+    Raises:
+      InputError: as parse, or if they cannot.
+    """
+    target = parse(name)
+    (x, y, *_), chips, most = target.shape, math.prod(target.shape), target.chip.pod_chips
+    if chips > most:
+        raise InputError(f"{name!r} is not a slice: it has {chips:,} chips, and a pod {most:,}")
+    if chips > 1 and (x % 2 or y % 2):
+        raise InputError(
+            f"{name!r} is not a slice: a host has 2 x 2 chips, so the first two axes must be even"
+        )
+    return target

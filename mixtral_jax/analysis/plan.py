@@ -97,10 +97,10 @@ def slice_of(name: str) -> chips.SliceName:
     """What a slice's name says.
 
     Raises:
-      InputError: as chips.parse, or for GPUs.
+      InputError: as chips.parse_real, or for GPUs.
     """
     try:
-        return chips.parse(name)
+        return chips.parse_real(name)
     except InputError:
         from mixtral_jax.analysis import gpus  # only now: it loads JAX
 

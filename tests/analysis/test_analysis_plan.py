@@ -154,7 +154,6 @@ def test_the_best_are_compiled(tmp_path, capsys, optimized):
     ("flags", "said"),
     [
         (["--topology", "v5e:2x2"], "nothing fits on 1 x v5e:2x2: use more chips"),
-        (["--topology", "v5p:5x5x5"], "no mesh over the devices of 1 x v5p:5x5x5 splits the model"),
         (["--topology", "v5p:4x4x4", "mesh.fsdp=3"], "no mesh over the devices of 1 x v5p:4x4x4"),
         (
             ["--topology", "v5p:4x4x4", "--batch-size", "7", "mesh.expert=8"],
@@ -250,6 +249,8 @@ def test_a_plan_that_is_not_compiled_leaves_the_others(capsys, monkeypatch):
     [
         (["--topology", "v9:4x4"], "'v9:4x4' must look like v5p:4x4x4"),
         (["--topology", "v5p:4x4"], "'v5p:4x4' has 2 axes and v5p 3"),
+        (["--topology", "v5e:100x100"], "is not a slice: it has 10,000 chips, and a pod 256"),
+        (["--topology", "v5p:4x5x4"], "'v5p:4x5x4' is not a slice: a host has 2 x 2 chips"),
         (["--topology", "v5p:4x4x4", "--model", "mixtral"], "--model='mixtral' is not one of"),
         (
             ["--topology", "v5p:4x4x4", "--sequence-length", "40000"],
