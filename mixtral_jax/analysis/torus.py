@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,10 +75,14 @@ def staged_gather_seconds(whole_bytes: float, devices: int, links: Links, chip: 
     """The same in two stages, as kernels/gather.py does it over many devices."""
     if devices < STAGED_FROM or devices % FIRST_STAGE or not links:
         return gather_seconds(whole_bytes, devices, links, chip)
-    *others, (chips, count) = links
-    near = [(FIRST_STAGE, count if chips == FIRST_STAGE else 1)]
-    left = [(chips // FIRST_STAGE, 1)] if chips > FIRST_STAGE else []
-    far, parts = [*others, *left], devices // FIRST_STAGE
+    near, far, rest, parts = [], [], FIRST_STAGE, devices // FIRST_STAGE
+    for chips, count in reversed(links):  # neighbours lie along the last
+        inside = math.gcd(chips, rest)
+        rest //= inside
+        if inside > 1:
+            near.append((inside, count if inside == chips else 1))
+        if inside < chips:
+            far.append((chips // inside, 1 if inside > 1 else count))
     first = gather_seconds(whole_bytes / parts, FIRST_STAGE, near, chip)
     return first + gather_seconds(whole_bytes, parts, far, chip)
 

@@ -171,6 +171,8 @@ def test_seconds_of_gathers_and_exchanges():
     assert torus.gather_seconds(64e9, 1, [], chip) == 0
     staged = torus.staged_gather_seconds(64e9, 64, ring * 3, chip)
     assert staged == pytest.approx(4 * 3 / 4 / 200 + 64 * 15 / 16 / 400)
+    split = torus.staged_gather_seconds(64e9, 32, [*ring * 2, (2, 1)], chip)
+    assert split == pytest.approx(8 * 3 / 4 / 200 + 64 * 7 / 8 / 300)
     assert torus.all_to_all_seconds(64e9, ring, chip) == pytest.approx(64 / 2 / 100)
     assert torus.network_seconds(50e9, 2, chip) == pytest.approx(8)
     assert torus.network_gather_seconds(50e9, 3, chip) == pytest.approx(16)
