@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 from mixtral_jax import command_line
 from mixtral_jax.config import InputError
+from mixtral_jax.files import naming, whole_file
 
 
 def check_path(path: str) -> None:
@@ -28,7 +27,7 @@ def check_path(path: str) -> None:
     if _is_replaced(path):
         if not target.parent.is_dir():
             raise InputError(f"--report {path}: there is no folder {pathlib.Path(path).parent}")
-        with _naming(path), tempfile.TemporaryFile(dir=target.parent):
+        with naming(f"--report {path}"), tempfile.TemporaryFile(dir=target.parent):
             pass
 
 
@@ -41,16 +40,12 @@ def write(report: Any, path: str) -> None:
     if not path:
         return
     text, target = json.dumps(report, indent=1) + "\n", pathlib.Path(os.path.realpath(path))
-    with _naming(path):
+    with naming(f"--report {path}"):
         if not _is_replaced(path):
             pathlib.Path(path).write_text(text, encoding="utf-8")
             return
-        unfinished = target.parent / f".report.{os.getpid()}.json"
-        try:
+        with whole_file(target) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
-            os.replace(unfinished, target)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
 
 def show(report: Any, path: str, shown: str) -> None:
@@ -69,11 +64,3 @@ def show(report: Any, path: str, shown: str) -> None:
 def _is_replaced(path: str) -> bool:
     """Whether it is an ordinary file, or none yet, and no pipe and no terminal."""
     return os.path.isfile(path) or not os.path.exists(path)
-
-
-@contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"--report {path} cannot be written: {error.strerror}") from None

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import io
 import os
 import pathlib
 import re
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
 
 import sentencepiece
@@ -16,6 +14,7 @@ import sentencepiece
 from mixtral_jax.config import Config, InputError
 from mixtral_jax.data.corpus import Corpus, open_corpus
 from mixtral_jax.data.released import released_file
+from mixtral_jax.files import naming, whole_file
 
 SAMPLE_BYTES = 10_000_000
 SAMPLE_BYTES_A_PIECE = 1000
@@ -110,16 +109,10 @@ class Tokenizer:
         Raises:
           InputError: if it cannot be written.
         """
-        path = pathlib.Path(path)
-        partial = path.with_name(f".{secrets.token_hex(8)}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(self.model_bytes)
-            partial.replace(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise InputError(f"tokenizer {path} cannot be written: {error.strerror}") from None
+        with naming(f"tokenizer {path}"):
+            pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as unfinished:
+                unfinished.write_bytes(self.model_bytes)
 
     def control_id(self, piece: str) -> int:
         """Id of a control piece, such as "[INST]", which no text becomes.

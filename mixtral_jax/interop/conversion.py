@@ -12,6 +12,7 @@ from typing import NamedTuple
 from mixtral_jax import sharding
 from mixtral_jax.command_line import one_line
 from mixtral_jax.config import InputError, ModelConfig
+from mixtral_jax.files import check_free
 from mixtral_jax.interop import folders, loading, models, saving
 from mixtral_jax.interop.folders import Kind
 from mixtral_jax.interop.source import INDEX
@@ -54,7 +55,7 @@ def convert(
       InputError: naming the file and tensor, or the value, at fault; nothing is at `target` then.
     """
     source, target = pathlib.Path(source), pathlib.Path(target)
-    folders.check_free(target)
+    check_free(target)
     began = time.perf_counter()
     if folders.recognise(source) is Kind.OWN:
         if upcycling:

@@ -20,7 +20,8 @@ from typing import NoReturn
 
 from mixtral_jax.command_line import Parser, report
 from mixtral_jax.config import InputError, MeshConfig
-from mixtral_jax.interop.folders import Kind, check_free, recognise
+from mixtral_jax.files import check_free
+from mixtral_jax.interop.folders import Kind, recognise
 from mixtral_jax.interop.strict_json import quote
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

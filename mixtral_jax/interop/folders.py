@@ -6,9 +6,6 @@ import contextlib
 import enum
 import os
 import pathlib
-import secrets
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
 from mixtral_jax import config_io
@@ -172,48 +169,3 @@ def dense_error(path: pathlib.Path) -> InputError:
         f"{name} holds a dense model: make a sparse one of it with python -m "
         f"mixtral_jax.interop.convert {name} TARGET --to orbax --upcycle 8"
     )
-
-
-# ---- new folders -------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A temporary folder beside `path`, which gets its name when the block ends without an error.
-
-    Raises:
-      InputError: if there is something at `path`, or it cannot be written.
-    """
-    check_free(path)
-    target = pathlib.Path(path).resolve()
-    # By chance: process ids are the same in several containers.
-    temporary = target.with_name(f".{secrets.token_hex(8)}.partial")
-    try:
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            if target.is_dir():
-                target.rmdir()  # it was empty
-            temporary.rename(target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{one_line(path)} cannot be written: {reason}") from None
-
-
-def check_free(path: str | os.PathLike) -> None:
-    """Raises InputError if a path cannot become a new folder, which an empty one makes way for."""
-    path = pathlib.Path(path)
-    try:
-        free = not any(path.iterdir()) if path.is_dir() else not os.path.lexists(path)
-        held = path.is_dir() and (os.path.ismount(path.resolve()) or path.samefile("."))
-    except OSError as error:  # no permission, a name too long
-        raise InputError(f"{one_line(path)} cannot be written: {error.strerror}") from None
-    if not free:
-        raise InputError(f"{one_line(path)} exists already: name a new folder, or remove that one")
-    if held:
-        raise InputError(
-            f"{one_line(path)} is where a disk is mounted or this command runs: name a new folder "
-            "in it"
-        )

@@ -11,7 +11,6 @@ import math
 import mmap
 import os
 import pathlib
-import secrets
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO
@@ -20,6 +19,7 @@ import numpy as np
 
 from mixtral_jax.command_line import one_line
 from mixtral_jax.config import InputError
+from mixtral_jax.files import naming, whole_file
 from mixtral_jax.interop.safetensors_header import (
     LONGEST_HEADER,
     TensorInfo,
@@ -164,16 +164,6 @@ class SafetensorsFile:
         self.close()
 
 
-@contextlib.contextmanager
-def _naming(path: pathlib.Path) -> Iterator[None]:
-    """A disk that is full or not writable is the user's to mend."""
-    try:
-        yield
-    except (OSError, ValueError) as error:  # ValueError: a path that cannot be one
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{one_line(path)} cannot be written: {reason}") from None
-
-
 def _write(file: BinaryIO, data: bytes | memoryview) -> None:
     data = memoryview(data)
     while data:
@@ -184,7 +174,6 @@ def _stream(
     file: BinaryIO,
     tensors: Sequence[tuple[str, np.dtype, tuple[int, ...]]],
     arrays: Iterator[np.ndarray],
-    path: pathlib.Path,
 ) -> None:
     """Write each array as it comes, if it is what was announced."""
     for number, (name, dtype, shape) in enumerate(tensors):
@@ -199,8 +188,7 @@ def _stream(
             )
         # As bytes, because ml_dtypes has no buffers; a copy only where the array has gaps.
         data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-        with _naming(path):
-            _write(file, data)
+        _write(file, data)
         del array, data  # or it would still be here while the next one is made
     if next(arrays, None) is not None:
         raise ValueError(f"{len(tensors)} arrays were announced, more came")
@@ -231,23 +219,12 @@ def write_safetensors(
       ValueError: an array is not what was announced, or there are too few or too many; a name
         twice; a type that the format does not have.
     """
-    path = pathlib.Path(path)
     header = make_header(tensors, metadata)
-    partial = path.parent / f".{secrets.token_hex(8)}.partial"  # short: the name may be a long one
-    try:
-        with _naming(path):
-            file = open(partial, "xb", buffering=0)  # noqa: SIM115  (closed below)
-        with file:
-            with _naming(path):
-                _write(file, header)
-            _stream(file, tensors, iter(arrays), path)
-            with _naming(path):
-                os.fsync(file.fileno())
-                size = file.tell()
-        with _naming(path):
-            os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError, ValueError):
-            partial.unlink()
-        raise
-    return size
+    with (
+        naming(one_line(path)),
+        whole_file(path) as unfinished,
+        open(unfinished, "xb", buffering=0) as file,
+    ):
+        _write(file, header)
+        _stream(file, tensors, iter(arrays))
+        return file.tell()

@@ -22,6 +22,7 @@ from mixtral_jax import sharding
 from mixtral_jax.command_line import one_line
 from mixtral_jax.config import Config, InputError, ModelConfig, TrainingConfig
 from mixtral_jax.data.tokenizer import Tokenizer
+from mixtral_jax.files import check_free, naming, new_folder
 from mixtral_jax.interop import (
     configs,
     folders,
@@ -196,7 +197,7 @@ def write_huggingface(
       token_ids: what a config.json has said; of others the tokenizer's, and null without one.
     """
     token_ids = {**_ids_of(tokenizer), **token_ids}
-    with folders.new_folder(path) as folder:
+    with new_folder(path) as folder:
         writer = Writer(weights, names.HUGGING_FACE, dtype, progress)
         files = shards(writer.tensors(), max_shard_size)
         weight_map, total = {}, 0
@@ -248,7 +249,7 @@ def write_mistral(
     progress: Callable[[int], object] = _nothing,
 ) -> None:
     """A folder that mistral-inference reads; arguments as for `write_huggingface`."""
-    with folders.new_folder(path) as folder:
+    with new_folder(path) as folder:
         writer = Writer(weights, names.MISTRAL, dtype, progress)
         writer.write(folder / source.MISTRAL_FILE, writer.tensors())
         _write_json(folder / folders.MISTRAL_CONFIG, configs.to_mistral(weights.config))
@@ -266,16 +267,13 @@ def write_own(model: Mixtral, tokenizer: Tokenizer | None, path: str | os.PathLi
     Raises:
       InputError: if there is something at `path`, or it cannot be written.
     """
-    folders.check_free(path)
+    check_free(path)
     path = pathlib.Path(path).resolve()
     length = min(TrainingConfig.sequence_length, model.config.max_position_embeddings)
     config = Config(model=model.config, training=TrainingConfig(sequence_length=length))
     extras = own.Extras(config, np.zeros((0, 2), np.int64), tokenizer, None)
-    try:
+    with naming(one_line(path)):
         if path.is_dir():
             path.rmdir()  # it is empty, and orbax makes it
         path.parent.mkdir(parents=True, exist_ok=True)
         own_arrays.write_model(model, extras, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{one_line(path)} cannot be written: {reason}") from None

@@ -19,6 +19,7 @@ from mixtral_jax.data.batches import train_batches
 from mixtral_jax.data.corpus import check_source
 from mixtral_jax.data.packing import Batch
 from mixtral_jax.data.validation import validation_set
+from mixtral_jax.files import naming
 from mixtral_jax.interop.models import open_checkpoint
 from mixtral_jax.training import report, run_folder
 from mixtral_jax.training.announcement import announcement
@@ -50,11 +51,8 @@ def train(config: Config) -> None:
     start_up.end("devices")
     with jax.set_mesh(mesh), run_folder.Hold() as hold, warnings_said():
         kernels_of_step(config)
-        try:
+        with naming(f"run.dir={config.run.dir}"):
             run = Run(config, mesh, start_up, hold)
-        except OSError as error:
-            reason = error.strerror or error
-            raise InputError(f"run.dir={config.run.dir} cannot be written: {reason}") from None
         try:
             try:
                 run.loop()

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from mixtral_jax.command_line import one_line
 from mixtral_jax.config import Config
+from mixtral_jax.files import whole_file
 from mixtral_jax.model.flops import PEAK_FLOPS, training_flops_per_token
 from mixtral_jax.training.step import StepMetrics
 
@@ -70,9 +71,8 @@ def trim(path: pathlib.Path, last_step: int) -> None:
             continue
         if record.get("step", 0) <= last_step:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text("".join(kept), encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mixtral_jax.files import whole_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -160,18 +162,14 @@ def draw_report(
     if not training:
         raise ValueError(f"{run_dir / 'metrics.jsonl'} holds no training line to draw")
     path = run_dir / FILE
-    unfinished = run_dir / f".report.{os.getpid()}.png"
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(16, 11), dpi=100, layout="constrained")
         FigureCanvasAgg(figure)
         _draw(figure, training, validation, balanced_value, dict(compressors or {}))
         headline = _headline(run_dir.resolve().name, training, validation)
         figure.suptitle(headline, fontsize=19, fontweight="bold")
-        try:
+        with whole_file(path) as unfinished:
             figure.savefig(unfinished, format="png")
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
     return path
 
 

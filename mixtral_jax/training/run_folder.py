@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import fcntl
 import os
@@ -14,9 +13,9 @@ import jax
 
 from mixtral_jax import config_io
 from mixtral_jax.config import Config, InputError, MeshConfig
+from mixtral_jax.files import UNFINISHED, whole_file
 
 CONFIG = "config.yaml"
-_NEW = f"{CONFIG}.tmp"
 LOCK = ".lock"
 
 # What may differ when a run goes on: where and how it computes, not what.
@@ -55,7 +54,8 @@ def check(config: Config) -> bool:
         raise InputError(f"run.dir={folder}: {parent} is a file: choose another folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"run.dir={folder}: {parent} is not writable: choose another folder")
-    if not folder.exists() or not any(path.name not in (_NEW, LOCK) for path in folder.iterdir()):
+    found = [path.name for path in folder.iterdir()] if folder.exists() else []
+    if all(name == LOCK or name.endswith(UNFINISHED) for name in found):
         return False
     if not (folder / CONFIG).exists():
         raise InputError(
@@ -83,16 +83,10 @@ def write(config: Config) -> pathlib.Path:
     folder = pathlib.Path(config.run.dir)
     if jax.process_index() != 0:
         return folder
-    temporary = folder / _NEW
     # With the step to resume from, the saved config would go back there each time it is used.
     run = dataclasses.replace(config.run, resume_step=None)
-    try:
-        config_io.save(dataclasses.replace(config, run=run), temporary)
-        temporary.replace(folder / CONFIG)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    with whole_file(folder / CONFIG) as unfinished:
+        config_io.save(dataclasses.replace(config, run=run), unfinished)
     return folder
 
 

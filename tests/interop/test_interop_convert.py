@@ -27,6 +27,7 @@ from checkpoint_files import (
 )
 
 import mixtral_jax
+from mixtral_jax import files
 from mixtral_jax.config import InputError
 from mixtral_jax.data.released import released_file
 from mixtral_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -364,7 +365,7 @@ WRITES = {
     "tensors": (safetensors, "_write"),
     "json": (saving, "_write_json"),
     "tokenizer": (saving, "_write_tokenizer"),
-    "fsync": (safetensors.os, "fsync"),
+    "fsync": (files.os, "fsync"),
 }
 
 

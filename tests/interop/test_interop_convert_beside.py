@@ -15,9 +15,8 @@ import sentencepiece
 from checkpoint_files import CONFIG, CONFIG_JSON, Drawn, edit_json, write
 
 import mixtral_jax
-from mixtral_jax.config import InputError
 from mixtral_jax.data.tokenizer import Tokenizer
-from mixtral_jax.interop import folders, own_arrays, saving
+from mixtral_jax.interop import own_arrays, saving
 
 ROOT = pathlib.Path(__file__).parents[2]
 FORMS = ("orbax", "huggingface", "mistral")
@@ -121,21 +120,6 @@ def test_a_folder_that_nothing_can_be_renamed_over(valid, main, tmp_path, monkey
     for target in (tmp_path / "disk", tmp_path / "link"):
         assert "is where a disk is mounted" in main(source, target, form)[2]
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "link"]
-
-
-def test_what_another_process_is_writing_stays(tmp_path, monkeypatch):
-    """Also where it has the same name, as it may where both are process 1 of their containers."""
-    monkeypatch.setattr(os, "getpid", lambda: 1)
-    monkeypatch.setattr(folders.secrets, "token_hex", lambda count: "1")
-    with folders.new_folder(tmp_path / "target") as other:
-        (other / "mine").touch()
-        with (
-            pytest.raises(InputError, match="File exists"),
-            folders.new_folder(tmp_path / "target"),
-        ):
-            pytest.fail("it is the other's")
-        assert [path.name for path in other.iterdir()] == ["mine"]
-    assert (tmp_path / "target" / "mine").exists()
 
 
 @pytest.mark.parametrize("form", FORMS)

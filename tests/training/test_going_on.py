@@ -163,7 +163,7 @@ def test_what_a_start_that_failed_leaves_is_no_other_run(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=r"run.dir=.*cannot be written: No space left"):
             loop.train(synthetic(tmp_path / "run"))
     assert [p.name for p in (tmp_path / "run").iterdir()] == [run_folder.LOCK]
-    (tmp_path / "run" / "config.yaml.tmp").write_text("")  # as a kill leaves it
+    (tmp_path / "run" / ".0123.partial").write_text("")  # as a kill leaves it
     assert run_folder.check(synthetic(tmp_path / "run")) is False
 
 
