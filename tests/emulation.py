@@ -8,15 +8,8 @@ from unittest import mock
 import jax.numpy as jnp
 from jax import lax
 
-from mixtral_jax.kernels import (
-    attention,
-    cudnn,
-    exchange,
-    few_rows,
-    grouped_matmul,
-    megablox,
-    splash,
-)
+from mixtral_jax import kernels
+from mixtral_jax.kernels import attention, cudnn, exchange, few_rows, grouped_matmul
 
 
 def ragged_all_to_all(
@@ -70,12 +63,10 @@ def ragged_on_cpu():
 @contextlib.contextmanager
 def tpu_kernels_on_cpu():
     """Trace here, and attention and the experts' products are those of a TPU, interpreted."""
-    interpreted = functools.partial(splash.attention, interpret=True)
     with (
         mock.patch.object(attention, "platform", return_value="tpu"),
         mock.patch.object(grouped_matmul, "platform", return_value="tpu"),
-        mock.patch.object(splash, "attention", interpreted),
-        mock.patch.object(megablox, "_interpret", return_value=True),
+        mock.patch.object(kernels, "interpret", return_value=True),
     ):
         yield
 
@@ -98,7 +89,7 @@ def few_on_cpu():
     """Trace here, and a few tokens get the kernels of a GPU, interpreted, in float32 too."""
     with (
         mock.patch.object(few_rows, "platform", return_value="gpu"),
-        mock.patch.object(few_rows, "_interpret", return_value=True),
+        mock.patch.object(kernels, "interpret", return_value=True),
         mock.patch.object(few_rows, "TYPES", (*few_rows.TYPES, jnp.float32)),
     ):
         yield

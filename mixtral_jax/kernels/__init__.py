@@ -68,6 +68,11 @@ def compute_capability() -> float:
     return float(known) if known and re.fullmatch(r"\d+\.\d+", known) else math.inf
 
 
+def interpret() -> bool:
+    """Whether Pallas's kernels run as plain JAX: in tests, on CPU."""
+    return False
+
+
 def check_body(
     key: str, name: str, here: str, platforms: dict[str, tuple[str, ...]], instead: str
 ) -> None:

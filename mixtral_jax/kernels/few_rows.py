@@ -20,6 +20,7 @@ try:
 except ImportError:  # JAX has announced that it will go
     triton = None
 
+from mixtral_jax import kernels
 from mixtral_jax.kernels import NARROW, block_of, ceil, compute_capability, dot, platform
 
 MOST = 32
@@ -82,11 +83,6 @@ products.defvjp(lambda *operands: jax.vjp(_plain, *operands), lambda pull, g: pu
 # ---- what the kernels share --------------------------------------------------------------------
 
 
-def _interpret() -> bool:
-    """Whether to run as plain JAX: in tests, on CPU."""
-    return False
-
-
 def call(kernel, name: str, tiles: Tiles, grid, in_specs, out_specs, out_shape, aliases=None):
     """pl.pallas_call through Triton; aliases: of operands, by number, those of their results."""
     return pl.pallas_call(
@@ -97,7 +93,7 @@ def call(kernel, name: str, tiles: Tiles, grid, in_specs, out_specs, out_shape, 
         out_shape=out_shape,
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         input_output_aliases=aliases or {},
-        interpret=_interpret(),
+        interpret=kernels.interpret(),
         name=name,
     )
 

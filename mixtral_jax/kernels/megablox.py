@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
+from mixtral_jax import kernels
 from mixtral_jax.kernels import block_of, device_kind
 from mixtral_jax.kernels.differentiable import differentiable
 
@@ -42,7 +43,7 @@ def rows_times_matrix(x_RD, w, group_sizes_E, transposed: bool):
         x_RD.dtype,
         _tiles(rows, width, hidden, w.shape[0]),
         transpose_rhs=transposed,
-        interpret=_interpret(),
+        interpret=kernels.interpret(),
     )
 
 
@@ -55,13 +56,8 @@ def rows_times_rows(left_RD, right_RF, group_sizes_E):
         group_sizes_E,
         left_RD.dtype,
         _tiles(*sizes),
-        interpret=_interpret(),
+        interpret=kernels.interpret(),
     )
-
-
-def _interpret() -> bool:
-    """Whether to run as plain JAX: in tests, on CPU."""
-    return False
 
 
 grouped_matmul = differentiable(rows_times_matrix, rows_times_rows)

@@ -13,6 +13,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask,
 )
 
+from mixtral_jax import kernels
+
 LANES = 128  # the kernel's blocks and heads are multiples of it
 BLOCKS = (1024, 512, 256, 128)
 KEPT = "attention_kernel"
@@ -29,8 +31,6 @@ def attention(
     k_BLKH: jax.Array,
     v_BLKH: jax.Array,
     segments_BL: jax.Array,
-    *,
-    interpret: bool = False,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v over the keys at or before each query, in its segment.
 
@@ -55,7 +55,7 @@ def attention(
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=KEPT,
-        interpret=interpret,
+        interpret=kernels.interpret(),
     )
     scaled = (q_BLKGH.astype(jnp.float32) * head**-0.5).astype(q_BLKGH.dtype)
     q_BNLH = scaled.reshape(*q_BLKGH.shape[:2], -1, head).swapaxes(1, 2)

@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 
+from mixtral_jax import kernels
 from mixtral_jax.kernels import cached_attention, few_heads, few_queries, few_rows
 from mixtral_jax.kernels.cached_attention import Cached, Where
 from mixtral_jax.model.layers import rotary_angles, rotate
@@ -19,7 +20,7 @@ TYPES = [(jnp.float32, 3e-6), pytest.param(jnp.bfloat16, 2**-6, marks=pytest.mar
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setattr(few_rows, "_interpret", lambda: jax.default_backend() == "cpu")
+    monkeypatch.setattr(kernels, "interpret", lambda: jax.default_backend() == "cpu")
 
 
 def operands(positions, dtype):

@@ -9,6 +9,7 @@ import oracle
 import pytest
 from flax import nnx
 
+from mixtral_jax import kernels
 from mixtral_jax.kernels import few_norms, few_rows
 from mixtral_jax.model.layers import RMSNorm
 from mixtral_jax.model.router import route
@@ -21,7 +22,7 @@ TYPES = [(jnp.float32, 1e-6), pytest.param(jnp.bfloat16, 2**-8, marks=pytest.mar
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setattr(few_rows, "_interpret", lambda: jax.default_backend() == "cpu")
+    monkeypatch.setattr(kernels, "interpret", lambda: jax.default_backend() == "cpu")
 
 
 def operands(dtype):

@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 
+from mixtral_jax import kernels
 from mixtral_jax.kernels import cached_attention, few_queries, few_rows
 from mixtral_jax.kernels.cached_attention import Cached, Where
 
@@ -14,7 +15,7 @@ B, K, G, H, S = 3, 2, 4, 16, 80
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setattr(few_rows, "_interpret", lambda: jax.default_backend() == "cpu")
+    monkeypatch.setattr(kernels, "interpret", lambda: jax.default_backend() == "cpu")
 
 
 def operands(positions):

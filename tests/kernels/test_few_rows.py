@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 
+from mixtral_jax import kernels
 from mixtral_jax.kernels import cudnn, few_rows
 
 D, SIZES = 192, (96, 32, 64)
@@ -23,7 +24,7 @@ def operands(rows):
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setattr(few_rows, "_interpret", lambda: jax.default_backend() == "cpu")
+    monkeypatch.setattr(kernels, "interpret", lambda: jax.default_backend() == "cpu")
 
 
 @pytest.mark.parametrize("rows", [1, 16, 19])

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 
+from mixtral_jax import kernels
 from mixtral_jax.kernels import few_rows, few_tokens
 from mixtral_jax.kernels.experts import experts
 
@@ -25,7 +26,7 @@ IDS = {
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setattr(few_rows, "_interpret", lambda: jax.default_backend() == "cpu")
+    monkeypatch.setattr(kernels, "interpret", lambda: jax.default_backend() == "cpu")
     monkeypatch.setattr(few_tokens, "INTO", few_rows.Tiles(32, 64))
     monkeypatch.setattr(few_tokens, "OUT_OF", few_rows.Tiles(64, 32, programs=16))
 

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 
+from mixtral_jax import kernels
 from mixtral_jax.kernels import grouped_matmul, megablox
 from mixtral_jax.kernels.experts import experts
 from mixtral_jax.kernels.grouped_matmul import resolve
@@ -35,7 +36,7 @@ def run(x_RD, w_EDF, sizes_E, g_RF, transposed):
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_values_and_gradients(monkeypatch, sizes, transposed):
     """Rows past the last group are not read; they come out as zeros, and so does their gradient."""
-    monkeypatch.setattr(megablox, "_interpret", lambda: True)
+    monkeypatch.setattr(kernels, "interpret", lambda: True)
     monkeypatch.setattr(megablox, "TILES", (128, 1024, 1024))
     rng, used = np.random.default_rng(0), sum(sizes)
     x_RD, w_EDF, g_RF = (
@@ -56,7 +57,7 @@ def test_values_and_gradients(monkeypatch, sizes, transposed):
 
 def test_what_rows_past_the_last_group_come_out_as_goes_nowhere(monkeypatch):
     """SwiGLU makes use of that: neither its rows in use nor any gradient shows it."""
-    monkeypatch.setattr(megablox, "_interpret", lambda: True)
+    monkeypatch.setattr(kernels, "interpret", lambda: True)
     monkeypatch.setattr(grouped_matmul, "platform", lambda: "tpu")
     rng, sizes = np.random.default_rng(0), jnp.array([100, 0, 128], jnp.int32)
     shapes, used = ((ROWS, D), (3, D, F), (3, D, F), (3, F, D), (ROWS, D)), 228
@@ -79,7 +80,7 @@ def test_what_rows_past_the_last_group_come_out_as_goes_nowhere(monkeypatch):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_any_number_of_rows(monkeypatch, transposed):
     """As in decoding: the kernels get rows that are not in use behind them."""
-    monkeypatch.setattr(megablox, "_interpret", lambda: True)
+    monkeypatch.setattr(kernels, "interpret", lambda: True)
     monkeypatch.setattr(grouped_matmul, "platform", lambda: "tpu")
     rng, sizes_E = np.random.default_rng(0), jnp.array([2, 0, 1], jnp.int32)
     x_RD, w_EDF, g_RF = (

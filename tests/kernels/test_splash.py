@@ -1,13 +1,12 @@
 """JAX's splash kernel, in interpret mode, against the oracle."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 
+from mixtral_jax import kernels
 from mixtral_jax.kernels import splash
 from mixtral_jax.kernels.attention import resolve
 
@@ -24,15 +23,15 @@ def weighted(q_BLKGH, k_BLKH, v_BLKH, g_BLKGH, allowed_BLS):
 
 
 @pytest.mark.parametrize("length", [128, 384])
-def test_values_and_gradients_of_packed_documents(length):
+def test_values_and_gradients_of_packed_documents(monkeypatch, length):
     """Documents that end inside a block, at its edge, and one that is a single token."""
     rng = np.random.default_rng(length)
     segments_BL = np.stack([packed(length, [1, 50, 128]), packed(length, [length])])
     shapes = (B, length, K, G, H), (B, length, K, H), (B, length, K, H), (B, length, K, G, H)
     q, k, v, g = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
-    kernel = functools.partial(splash.attention, interpret=True)
+    monkeypatch.setattr(kernels, "interpret", lambda: True)
     out, pull = jax.jit(jax.vjp, static_argnums=0)(
-        lambda q, k, v: kernel(q, k, v, jnp.asarray(segments_BL)), q, k, v
+        lambda q, k, v: splash.attention(q, k, v, jnp.asarray(segments_BL)), q, k, v
     )
     arrays64 = [a.astype(np.float64) for a in (q, k, v, g)]
     allowed_BLS = oracle.may_see(segments_BL)
