@@ -20,7 +20,7 @@ FLOORS: dict[str, set[str]] = {
     "kernels": set(),  # arrays in, arrays out
     "model": {"kernels"} | GROUND,
     "data": GROUND,
-    "interop": {"model", "data"} | GROUND,  # checkpoints, those of training included
+    "interop": {"model", "data", "kernels"} | GROUND,  # checkpoints, those of training included
     "training": {"interop", "model", "data", "kernels"} | GROUND,
     "generation": {"interop", "model", "data", "kernels"} | GROUND,
     "analysis": {"generation", "training", "interop", "model", "data", "kernels"} | GROUND,

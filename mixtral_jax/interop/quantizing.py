@@ -20,8 +20,9 @@ from mixtral_jax.interop import names
 from mixtral_jax.interop.layout import transposition
 from mixtral_jax.interop.names import Piece
 from mixtral_jax.interop.source import FileWeights
+from mixtral_jax.kernels.int8 import LARGEST, LEAST_SCALE, STEP
 from mixtral_jax.model.mixtral import Mixtral
-from mixtral_jax.model.quantized import CONTRACTED, LEAST_SCALE, STEP, quantized
+from mixtral_jax.model.quantized import CONTRACTED, quantized
 
 BLOCK = 1 << 18
 """Values that are float32 at a time."""
@@ -88,7 +89,7 @@ def quantize(w: np.ndarray, contracted: int) -> tuple[np.ndarray, np.ndarray]:
         with np.errstate(invalid="ignore"):  # an infinity times 0
             wide *= 1 / scale[rows, None]
         wide[~np.isfinite(scale[rows])] = 0  # of NaN NumPy makes any int8
-        values[rows] = np.rint(wide, out=wide).clip(-127, 127)
+        values[rows] = np.rint(wide, out=wide).clip(-LARGEST, LARGEST)
     return values.reshape(w.shape), scale.reshape(kept)
 
 

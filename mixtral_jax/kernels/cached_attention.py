@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mixtral_jax.kernels import MASKED, few_queries, platform
+from mixtral_jax.kernels import MASKED, few_queries, int8, platform
 
 BLOCK = 512
 """Places of a cache that are read at a time; one that is no longer is read whole."""
@@ -75,7 +75,7 @@ def write(cache: Cached, k_BLKH, v_BLKH, positions_BL, real_BL, where: Where) ->
     """
     values = []
     for new_BLKH, scaled in ((k_BLKH, cache.k_scale_BKS), (v_BLKH, cache.v_scale_BKS)):
-        values.append(quantise(new_BLKH) if scaled is not None else (new_BLKH, None))
+        values.append(int8.quantize(new_BLKH, (3,)) if scaled is not None else (new_BLKH, None))
     (k, k_scale), (v, v_scale) = values
     new = Cached(k, v, k_scale, v_scale)
     put = _put_run if where.row is not None else _put_each
@@ -84,13 +84,6 @@ def write(cache: Cached, k_BLKH, v_BLKH, positions_BL, real_BL, where: Where) ->
         cache,
         new,
     )
-
-
-def quantise(x_BLKH: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(int8 x_BLKH, float32 scale_BLK): the largest of a head becomes 127."""
-    wide = x_BLKH.astype(jnp.float32)
-    scale_BLK = jnp.maximum(jnp.abs(wide).max(axis=-1), 1e-30) / 127
-    return jnp.round(wide / scale_BLK[..., None]).astype(jnp.int8), scale_BLK
 
 
 def _put_run(old, new_1LK, positions_1L, real_1L, where: Where):

@@ -23,6 +23,7 @@ from mixtral_jax.kernels.rows import starts
 
 LARGEST = 127
 STEP = np.float32(1 / LARGEST)
+"""Of a channel's largest value, what one step of int8 stands for."""
 LEAST_SCALE = np.finfo(np.float32).smallest_normal
 """XLA takes what is smaller as 0."""
 MOST, LEAST = 1 << 20, 1 << 17

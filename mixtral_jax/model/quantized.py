@@ -27,9 +27,6 @@ CONTRACTED = {
     "head_DV": "D",
 }
 """By parameter, the dimensions that its product sums over; layers may stand before the others."""
-STEP = int8.STEP
-"""Of a channel's largest value, what one step of int8 stands for."""
-LEAST_SCALE = int8.LEAST_SCALE
 
 
 def quantized(model: Mixtral, *, consume: bool = False) -> Mixtral:

@@ -10,6 +10,7 @@ import pytest
 
 from mixtral_jax.kernels import cached_attention as kernel
 from mixtral_jax.kernels.attention import attention
+from mixtral_jax.kernels.int8 import quantize
 
 B, L, K, G, H, S, LAYERS = 3, 4, 2, 3, 5, 48, 2
 START = np.array([0, 30, 17], np.int32)
@@ -93,21 +94,27 @@ def test_one_row_equals_the_same_row_of_all(row, monkeypatch):
     oracle.close(out, attention(q[mine], *whole[:, mine], allowed), rel=2e-6)
 
 
-def test_int8_holds_each_head_to_half_a_step():
-    rng = np.random.default_rng(2)
-    x = rng.normal(size=(2, 3, 4, 7)).astype(np.float32)
-    x[0, 0, 0] = 0
-    values, scale = kernel.quantise(jnp.asarray(x))
-    assert values.dtype == jnp.int8
-    assert int(np.abs(values).max()) == 127
-    error = np.abs(np.float32(values) * np.asarray(scale)[..., None] - x)
-    assert (error <= np.asarray(scale)[..., None] * 0.5001).all()
+def test_an_int8_cache_holds_each_head_to_half_a_step():
+    _, new, old = arrays()
+    new = new.copy()
+    new[:, 0, 0, 0] = 0
+    values = jnp.zeros(old[0, 0].shape, jnp.int8), jnp.ones(old[0, 0].shape[:3])
+    cache = kernel.Cached(values[0], values[0], values[1], values[1])
+    real = np.ones((B, L), bool)
+    cache = kernel.write(cache, *new, positions(), real, kernel.Where(None, None))
+    for values, scale, wanted in zip(cache[:2], cache[2:], new, strict=True):
+        assert (values.dtype, int(jnp.abs(values).max())) == (jnp.int8, 127)
+        for row, start in enumerate(START):
+            step = np.asarray(scale)[row, :, start : start + L, None]
+            held = np.float32(values)[row, :, start : start + L] * step
+            assert (np.abs(held - wanted[row].swapaxes(0, 1)) <= step * 0.5001).all()
+        np.testing.assert_array_equal(scale[0, 0, 0], 1)  # as of any channel of zeros
 
 
 def test_attention_to_an_int8_cache_is_that_to_its_values(monkeypatch):
     monkeypatch.setattr(kernel, "BLOCK", 16)
     q, _, old = arrays()
-    (k, k_scale), (v, v_scale) = (kernel.quantise(jnp.asarray(a)) for a in old[:, 1])
+    (k, k_scale), (v, v_scale) = (quantize(jnp.asarray(a), (3,)) for a in old[:, 1])
     where = kernel.Where(None, None)
     out = kernel.attention(q, kernel.Cached(k, v, k_scale, v_scale), positions(), where)
     wide = kernel.Cached(k * k_scale[..., None], v * v_scale[..., None])
@@ -122,7 +129,7 @@ def test_what_none_sees_may_be_anything(int8, block, monkeypatch):
     q, _, old = arrays()
     cache, where = kernel.Cached(*old[:, 1]), kernel.Where(None, None)
     if int8:
-        (k, k_scale), (v, v_scale) = (kernel.quantise(jnp.asarray(a)) for a in cache[:2])
+        (k, k_scale), (v, v_scale) = (quantize(jnp.asarray(a), (3,)) for a in cache[:2])
         cache = kernel.Cached(k, v, k_scale, v_scale)
     last_B11 = positions().max(axis=1)[:, None, None]
     unseen_B1S = np.arange(S)[None, None] > last_B11
