@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 import os
@@ -13,6 +12,7 @@ import typing
 
 import yaml
 
+from mixtral_jax.checks import nearest
 from mixtral_jax.config import (
     PRESETS,
     Config,
@@ -62,11 +62,6 @@ def _parse(text: str) -> object:
         raise ValueError(f"{line} {said}") from None
     except (ValueError, RecursionError):
         raise ValueError(" is not YAML") from None
-
-
-def _nearest(key: str, valid: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(valid)}"
 
 
 def _number(value: object, kind: type) -> object:
@@ -133,7 +128,7 @@ def _build(cls: type, values: object, prefix: str) -> typing.Any:
     for key, value in values.items():
         name = f"{prefix}.{key}" if prefix else str(key)
         if key not in hints:
-            raise InputError(f"unknown config key {name}{_nearest(str(key), hints)}")
+            raise InputError(f"unknown config key {name}{nearest(key, hints)}")
         if dataclasses.is_dataclass(hints[key]):
             made[key] = _build(hints[key], value, name)
         else:

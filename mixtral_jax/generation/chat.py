@@ -141,7 +141,7 @@ def converse(chat: Chat, stream: BinaryIO, terminal: bool) -> None:
       InputError: for such a message, if not from a terminal.
     """
     if terminal:
-        output.say(HELP)
+        output.say_aside(HELP)
     lines = enumerate(_lines(stream, terminal), 1)
     for number, line in lines:
         try:
@@ -153,7 +153,7 @@ def converse(chat: Chat, stream: BinaryIO, terminal: bool) -> None:
         except InputError as error:
             if not terminal:
                 raise
-            output.say(f"not answered: {error}")
+            output.say_aside(f"not answered: {error}")
 
 
 def _quoted(first: str, number: int, lines: Iterator[tuple[int, bytes]]) -> str:
@@ -184,11 +184,13 @@ def _take(chat: Chat, text: str) -> None:
     word, *rest = text.split(maxsplit=1) or [""]
     if word == NEW and not rest:
         chat.forget()
-        output.say("a new conversation")
+        output.say_aside("a new conversation")
     elif word == SYSTEM:
         system = "".join(rest).strip()
         chat.forget(system)
-        output.say(f"a new conversation, {'with a new' if system else 'without a'} system prompt")
+        output.say_aside(
+            f"a new conversation, {'with a new' if system else 'without a'} system prompt"
+        )
     else:
         _answer(chat, text)
 
@@ -201,7 +203,7 @@ def _answer(chat: Chat, text: str) -> None:
         answer = chat.reply(text, output.write, stopped.is_set)
     output.write("\n")
     if not answer:
-        output.say("the answer is empty: the next message is joined to this one")
+        output.say_aside("the answer is empty: the next message is joined to this one")
 
 
 def _lines(stream: BinaryIO, terminal: bool) -> Iterator[bytes]:
@@ -211,7 +213,7 @@ def _lines(stream: BinaryIO, terminal: bool) -> Iterator[bytes]:
         line = stream.readline()
         if not line:
             if terminal:
-                output.say("")
+                output.say_aside("")
             return
         yield line.removesuffix(b"\n").removesuffix(b"\r")
 

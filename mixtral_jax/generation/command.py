@@ -28,7 +28,7 @@ from mixtral_jax.generation.output import (
     legend,
     painted,
     pieces,
-    say,
+    say_aside,
 )
 from mixtral_jax.generation.prompts import Asked
 from mixtral_jax.generation.request import Deployment, Request, Serving, check_request
@@ -91,7 +91,7 @@ def run(
     requests = [_request(one, deployed, style, limit) for one in asked]
     for one in requests:
         if isinstance(one, Refused):
-            say(f"error: {one.reason}")
+            say_aside(f"error: {one.reason}")
     good = [request for request in requests if isinstance(request, Request)]
     if not good:
         if style.jsonl:
@@ -178,13 +178,13 @@ def show(
                 if event.answer.error is not None:
                     answered = False
                     event.answer.error = _named(event.answer.error, asked[number], style)
-                    say(f"error: {event.answer.error}")
+                    say_aside(f"error: {event.answer.error}")
             rates.take(event)
             printer.take(event._replace(request=number))
             if stopped.is_set():
                 raise KeyboardInterrupt
-    say(rates.report(sum(len(r.tokens) * r.options.n for r in good.values()), cached))
-    say(start_up.report(rates.made))
+    say_aside(rates.report(sum(len(r.tokens) * r.options.n for r in good.values()), cached))
+    say_aside(start_up.report(rates.made))
     return answered
 
 
@@ -197,7 +197,7 @@ def _printer(
     if style.show_routing is None:
         return Text(prompts)
     layer, tokenizer = style.show_routing, engine.tokenizer
-    say(f"experts of layer {layer}: {legend(engine.config.num_local_experts)}")
+    say_aside(f"experts of layer {layer}: {legend(engine.config.num_local_experts)}")
 
     def paint(number: int, answer: Answer) -> str:
         prompt = requests[number]
@@ -297,9 +297,9 @@ def deploy(checkpoint: str | pathlib.Path, deployment: Deployment) -> Deployed:
         )
         place = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
         kind = " in int8" if serving.weights else ""
-        say(f"checkpoint {found.path}, {config.num_parameters:,} parameters{kind} on {place}")
+        say_aside(f"checkpoint {found.path}, {config.num_parameters:,} parameters{kind} on {place}")
         if engine.rows < (serving.rows or 0):
-            say(
+            say_aside(
                 f"answers in progress: {engine.rows}, as memory does not hold the cache of "
                 f"{serving.rows}; the others wait"
             )

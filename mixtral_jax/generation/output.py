@@ -200,7 +200,7 @@ def write(text: str) -> None:
         command_line.write(text)
 
 
-def say(text: str) -> None:
+def say_aside(text: str) -> None:
     """Print a line on the first host's standard error."""
     if jax.process_index() == 0:
         print(text, file=sys.stderr, flush=True)

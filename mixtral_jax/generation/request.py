@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mixtral_jax import config_io
+from mixtral_jax.checks import nearest
 from mixtral_jax.config import InputError, MeshConfig
 from mixtral_jax.interop.strict_json import is_unicode, quote
 
@@ -130,9 +130,7 @@ def refuse_unknown(keys: Iterable[str], known: Sequence[str], what: str) -> None
     """
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(str(key)[:100], known, n=1)
-            fix = f"the closest is {near[0]}" if near else f"there are {', '.join(known)}"
-            raise InputError(f"{quote(key)} is no {what}: {fix}")
+            raise InputError(f"{quote(key)} is no {what}{nearest(key, known)}")
 
 
 def _is_whole(value: object) -> bool:

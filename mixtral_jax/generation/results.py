@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from mixtral_jax.interop.strict_json import finite
+
 FINISH_REASONS = ("stop", "length", "error")
 
 
@@ -103,7 +105,7 @@ def to_json(answer: Answer) -> str:
     }
     given = {key: value for key, value in values.items() if value is not None}
     if "perplexity" in given:
-        given["perplexity"] = _finite(answer.perplexity)  # null, but there
+        given["perplexity"] = finite(answer.perplexity)  # null, but there
     line = json.dumps(given, ensure_ascii=False, allow_nan=False)
     return BREAKS.sub(lambda match: f"\\u{ord(match[0]):04x}", line)
 
@@ -113,12 +115,8 @@ def _entries(entries: list[TokenLogProbability | None] | None) -> list[dict | No
 
 
 def _entry(token: str, id: int, logprob: float, top: list | None = None) -> dict[str, Any]:
-    made = {"token": token, "id": int(id), "logprob": _finite(logprob)}
+    made = {"token": token, "id": int(id), "logprob": finite(float(logprob))}
     return made if top is None else {**made, "top": [_entry(*other) for other in top]}
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 # ---- stop strings ------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""JSON objects from files that nobody has checked, and how an error quotes what they hold."""
+"""JSON objects from files that nobody has checked, and how an error quotes what they hold.
+
+Also what we write of numbers that JSON has not.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,11 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def finite(value: Any) -> Any:
+    """A value as JSON has it: None for a float that is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _POINTER = b"version https://git-lfs"

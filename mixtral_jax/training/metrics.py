@@ -28,6 +28,7 @@ from tqdm import tqdm
 from mixtral_jax.command_line import one_line
 from mixtral_jax.config import Config
 from mixtral_jax.files import whole_file
+from mixtral_jax.interop.strict_json import finite
 from mixtral_jax.model.flops import PEAK_FLOPS, training_flops_per_token
 from mixtral_jax.training.step import StepMetrics
 
@@ -73,11 +74,6 @@ def trim(path: pathlib.Path, last_step: int) -> None:
             kept.append(line + "\n")
     with whole_file(path) as unfinished:
         unfinished.write_text("".join(kept), encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    """None, which JSON can say, for a number that is not finite."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Clock:
@@ -157,7 +153,7 @@ class Reporter:
         """Add a line to metrics.jsonl and its numbers to TensorBoard."""
         if not self._active:
             return
-        self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
+        self._file.write(json.dumps({k: finite(v) for k, v in record.items()}) + "\n")
         self._file.flush()
         for name, value in record.items():
             if isinstance(value, int | float) and math.isfinite(value) and name != "step":

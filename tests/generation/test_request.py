@@ -165,11 +165,11 @@ def test_json_overrides_the_default():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"max_tokens": 5}, "^'max_tokens' is no option: the closest is max_new_tokens$"),
-        ({"topp": 0.5}, "'topp' is no option: the closest is top_p"),
-        ({"seed ": 5}, "'seed ' is no option: the closest is seed"),
-        ({"\n" * 10**5: 5}, r"^'(\\n)+\.\.\. is no option: there are max_new_tokens, .*, echo$"),
-        ({"tools": []}, "'tools' is no option: there are max_new_tokens, min_new_tokens"),
+        ({"max_tokens": 5}, "^'max_tokens' is no option; did you mean max_new_tokens\\?$"),
+        ({"topp": 0.5}, "'topp' is no option; did you mean top_p"),
+        ({"seed ": 5}, "'seed ' is no option; did you mean seed"),
+        ({"\n" * 10**5: 5}, r"^'(\\n)+\.\.\. is no option; valid: max_new_tokens, .*, echo$"),
+        ({"tools": []}, "'tools' is no option; valid: max_new_tokens, min_new_tokens"),
         ({"": 5}, "^'' is no option"),
         ({3: 5}, "^3 is no option"),
         ({"temperature": "hot"}, "^temperature='hot' must be a number$"),
