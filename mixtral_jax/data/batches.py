@@ -23,7 +23,7 @@ import grain
 import numpy as np
 
 from mixtral_jax.config import Config, InputError
-from mixtral_jax.data.corpus import Corpus, hash64, open_corpus, shuffled
+from mixtral_jax.data.corpus import Corpus, hash64, shuffled
 from mixtral_jax.data.packing import Batch, document_ids, empty_batch, pack
 from mixtral_jax.data.sources import MalformedReport
 from mixtral_jax.data.tokenizer import Tokenizer
@@ -140,7 +140,7 @@ class TrainBatches(_Batches):
 
     Args:
       rows: which of the training.batch_size rows; on several hosts each reads its own.
-      corpus: open_corpus(config), where it is at hand.
+      corpus: open_corpus(config).
     """
 
     def __init__(
@@ -148,9 +148,8 @@ class TrainBatches(_Batches):
         config: Config,
         tokenizer: Tokenizer,
         rows: Sequence[int],
-        corpus: Corpus | None = None,
+        corpus: Corpus,
     ):
-        corpus = corpus or open_corpus(config)
         lanes, batch_size = config.data.interleave, config.training.batch_size
         super().__init__(rows, corpus.malformed, lanes)
         corpus.require_text()
@@ -181,7 +180,7 @@ def train_batches(
     config: Config,
     tokenizer: Tokenizer | None,
     rows: Sequence[int],
-    corpus: Corpus | None = None,
+    corpus: Corpus | None,
 ) -> TrainBatches | SyntheticBatches:
     """The batches that data.source asks for; synthetic ones need no tokenizer and no corpus."""
     if config.data.source == "synthetic":

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import sentencepiece
 
 from mixtral_jax.config import Config, InputError
-from mixtral_jax.data.corpus import Corpus, open_corpus
+from mixtral_jax.data.corpus import Corpus
 from mixtral_jax.data.released import released_file
 from mixtral_jax.files import naming, whole_file
 
@@ -269,16 +269,14 @@ def _training_error(vocab_size: int, reason: str) -> InputError:
 # ---- the tokenizer of a run --------------------------------------------------------------------
 
 
-def load_tokenizer(
-    config: Config, cached: str | os.PathLike | None = None, corpus: Corpus | None = None
-) -> Tokenizer:
+def load_tokenizer(config: Config, cached: str | os.PathLike | None, corpus: Corpus) -> Tokenizer:
     """The tokenizer that data.tokenizer names.
 
     For data.tokenizer=train that is the file `cached` if it exists, and otherwise a new one made
     from the training documents; writing it to `cached` is left to the caller.
 
     Args:
-      corpus: open_corpus(config), where it is at hand.
+      corpus: open_corpus(config).
     Raises:
       InputError: if there is none, or model.vocab_size is not its number of pieces.
     """
@@ -287,7 +285,7 @@ def load_tokenizer(
     if not name:
         raise InputError("data.tokenizer is empty: name a tokenizer.model, or write train")
     if name == "train" and (cached is None or not os.path.exists(cached)):
-        return train_tokenizer((corpus or open_corpus(config)).training_texts(), wanted)
+        return train_tokenizer(corpus.training_texts(), wanted)
     path = cached if name == "train" else name
     tokenizer = Tokenizer.from_name_or_file(path)
     if tokenizer.vocab_size != wanted:

@@ -8,7 +8,7 @@ import numpy as np
 
 from mixtral_jax.config import Config, InputError
 from mixtral_jax.data.batches import synthetic_batch
-from mixtral_jax.data.corpus import Corpus, open_corpus
+from mixtral_jax.data.corpus import Corpus
 from mixtral_jax.data.packing import Batch, document_ids, empty_batch, pack
 from mixtral_jax.data.tokenizer import Tokenizer
 
@@ -29,21 +29,20 @@ class ValidationSet(NamedTuple):
 
 
 def validation_set(
-    config: Config, tokenizer: Tokenizer | None, corpus: Corpus | None = None
+    config: Config, tokenizer: Tokenizer | None, corpus: Corpus | None
 ) -> ValidationSet:
     """Whole held-out documents, packed into at most training.validation_batches batches.
 
     Documents are taken in the order of Corpus.held_out, those without room passed over. For
-    data.source=synthetic: random tokens and no text.
+    data.source=synthetic: random tokens and no text; it needs no tokenizer and no corpus.
 
     Args:
-      corpus: open_corpus(config), where it is at hand.
+      corpus: open_corpus(config).
     Raises:
       InputError: if nothing is held out or nothing fits.
     """
     if config.data.source == "synthetic":
         return _synthetic(config)
-    corpus = corpus or open_corpus(config)
     if not len(corpus.held_out):
         documents = sum(map(len, corpus.train))
         some = f"{documents} documents" if documents > 1 else "one document"

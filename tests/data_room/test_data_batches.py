@@ -45,7 +45,7 @@ def start(tokenizer):
     made = []
 
     def make(config, rows=ALL, state=None, step=0):
-        made.append(TrainBatches(config, tokenizer, rows))
+        made.append(TrainBatches(config, tokenizer, rows, open_corpus(config)))
         if state is not None:
             made[-1].restore(state, step)
         return made[-1]
@@ -275,14 +275,14 @@ def threads():
 
 
 def test_closing_and_forgetting_end_the_thread(config, tokenizer):
-    batches = TrainBatches(config, tokenizer, ALL)
+    batches = TrainBatches(config, tokenizer, ALL, open_corpus(config))
     assert threads() == []
     next(batches)
     assert len(threads()) == 1
     batches.close()
     batches.close()
     assert threads() == []
-    batches = TrainBatches(config, tokenizer, ALL)
+    batches = TrainBatches(config, tokenizer, ALL, open_corpus(config))
     next(batches)
     del batches
     gc.collect()
@@ -305,7 +305,7 @@ def test_the_thread_stays_a_few_batches_ahead(config, start, monkeypatch):
 
 def test_synthetic_batches(make_config):
     config = make_config([], data={"source": "synthetic"}, run={"seed": 5})
-    batches = train_batches(config, None, ALL)
+    batches = train_batches(config, None, ALL, None)
     assert isinstance(batches, SyntheticBatches)
     arrays = take(batches, 20)
     tokens_SBL, targets_SBL, segments_SBL, positions_SBL = arrays
@@ -317,7 +317,7 @@ def test_synthetic_batches(make_config):
     assert (segments_SBL == 1).all()
     assert (positions_SBL == np.arange(37)).all()
     assert len({row.tobytes() for row in tokens_SBL.reshape(-1, 37)}) == 120
-    resumed = train_batches(config, None, [4, 1])
+    resumed = train_batches(config, None, [4, 1], None)
     state = batches.state
     assert state.tolist() == [[20, 0]] * 6
     resumed.restore(state[[4, 1]], 20)

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mixtral_jax.config import InputError
+from mixtral_jax.data.corpus import open_corpus
 from mixtral_jax.data.released import released_file
 from mixtral_jax.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
@@ -51,8 +52,9 @@ def test_version_of_a_later_template(released):
 
 def test_a_released_tokenizer_for_training(released, make_config):
     config = make_config("{stdlib}/json/*.py", data={"tokenizer": "mistral-v3"})
+    corpus = open_corpus(config)
     with pytest.raises(InputError, match=r"tokenizer mistral-v3 has 32768 .*vocab_size=32768$"):
-        load_tokenizer(config)
+        load_tokenizer(config, None, corpus)
 
 
 def test_without_the_package(monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mixtral_jax.config import InputError
 from mixtral_jax.data import train_tokenizer as command
+from mixtral_jax.data.corpus import open_corpus
 from mixtral_jax.data.tokenizer import (
     LINE_CHARACTERS,
     StreamDecoder,
@@ -185,30 +186,34 @@ def test_stream_costs_the_same_for_every_id(tokenizer, monkeypatch):
 # ---- the tokenizer of a run, and the command ---------------------------------------------------
 
 
+def loaded(config, cached=None):
+    return load_tokenizer(config, cached, open_corpus(config))
+
+
 def test_load_tokenizer_from_a_file_or_from_the_data(make_config, folder, texts):
     path = folder / "t.model"
     config = make_config(f"{folder}/*.txt")
-    made = load_tokenizer(config, cached=path)
+    made = loaded(config, path)
     assert not path.exists()
     assert made.vocab_size == 601
-    assert made.model_bytes == load_tokenizer(config).model_bytes
+    assert made.model_bytes == loaded(config).model_bytes
     other = train_tokenizer(texts[:3], 601)
     assert other.model_bytes != made.model_bytes
     other.save(path)
     named = make_config(f"{folder}/*.txt", data={"tokenizer": str(path)})
-    assert load_tokenizer(config, cached=path).model_bytes == other.model_bytes
-    assert load_tokenizer(named).model_bytes == other.model_bytes
+    assert loaded(config, path).model_bytes == other.model_bytes
+    assert loaded(named).model_bytes == other.model_bytes
     train_tokenizer(["hello world"], 270).save(path)
     for wrong in (config, named):
         with pytest.raises(InputError, match=r"270 pieces .*=601: set model\.vocab_size=270$"):
-            load_tokenizer(wrong, cached=path)
+            loaded(wrong, path)
 
 
 def test_the_tokenizer_never_sees_held_out_text(make_config, folder):
     (folder / "zzz.md").write_text("qqqqqqqq " * 5000)
     config = make_config(f"{folder}/*", data={"validation": f"{folder}/*.md"})
-    assert "qqqq" not in pieces_of(load_tokenizer(config))
-    assert "qqqq" in pieces_of(load_tokenizer(make_config(f"{folder}/*")))
+    assert "qqqq" not in pieces_of(loaded(config))
+    assert "qqqq" in pieces_of(loaded(make_config(f"{folder}/*")))
 
 
 @pytest.fixture

@@ -144,7 +144,7 @@ def test_batches_hold_whole_documents_and_their_bytes(make_config, folder, token
         assert (batch.positions_BL[starts_BL] == 0).all()
         assert (batch.segments_BL[batch.segments_BL[:, 0] > 0, 0] == 1).all()
         assert (batch.positions_BL[:, 0] == 0).all()
-    again = validation_set(config, tokenizer)
+    again = validation_set(config, tokenizer, open_corpus(config))
     assert again.text == held_out.text
 
 
@@ -168,26 +168,31 @@ def test_documents_may_fill_the_last_batch_exactly(make_config, tmp_path, tokeni
     for length, fits in ((pairs, True), (pairs - 1, False)):
         sizes = {"batch_size": 1, "sequence_length": length, "validation_batches": 1}
         config = make_config(f"{tmp_path}/train.txt", data=data, **sizes)
+        corpus = open_corpus(config)
         if fits:
-            held_out = validation_set(config, tokenizer)
+            held_out = validation_set(config, tokenizer, corpus)
             assert score(held_out, tokenizer) == ["json.loads(x)"]
             assert (held_out.batches[0].segments_BL == 1).all()
             continue
         with pytest.raises(InputError, match=r"none of 1 .* raise training\.validation_batches"):
-            validation_set(config, tokenizer)
+            validation_set(config, tokenizer, corpus)
 
 
 def test_nothing_held_out_says_what_to_do(make_config, folder, tokenizer):
-    with pytest.raises(InputError, match=r"fraction=0\.0 of 54 documents holds none out: raise"):
-        validation_set(make_config(f"{folder}/*.txt"), tokenizer)
-    with pytest.raises(InputError, match=r"of one document holds none out: name data.validation"):
-        validation_set(make_config(f"{folder}/000.txt"), tokenizer)
+    for name, words in (
+        ("*.txt", r"fraction=0\.0 of 54 documents holds none out: raise"),
+        ("000.txt", r"of one document holds none out: name data\.validation"),
+    ):
+        config = make_config(f"{folder}/{name}")
+        corpus = open_corpus(config)
+        with pytest.raises(InputError, match=words):
+            validation_set(config, tokenizer, corpus)
 
 
 def test_synthetic_validation(make_config):
     config = make_config([], data={"source": "synthetic"}, validation_batches=3)
-    held_out = validation_set(config, None)
+    held_out = validation_set(config, None, None)
     assert (len(held_out.batches), held_out.text, held_out.documents) == (3, b"", 18)
     assert (held_out.batches[0].tokens_BL != held_out.batches[1].tokens_BL).any()
-    again = validation_set(config, None)
+    again = validation_set(config, None, None)
     np.testing.assert_array_equal(held_out.batches[2], again.batches[2])
