@@ -31,7 +31,7 @@ def check_at_least(section: object, prefix: str, minimum: float, *names: str) ->
             raise InputError(f"{prefix}.{name}={value} must be at least {minimum}")
 
 
-def check_above_zero(section: object, prefix: str, *names: str, empty: str = "") -> None:
+def check_above_zero(section: object, prefix: str, *names: str, empty: str) -> None:
     for name in names:
         value = getattr(section, name)
         if value is not None and not value > 0:

@@ -63,7 +63,7 @@ def write(folder, form, weights=None, tokenizer=None, shards=10**9):
 def write_dense(folder, form, weights):
     """The dense model in a Mixtral with one expert: a Mistral's folder."""
     folder.mkdir()
-    values = (folder / CONFIG_JSON, saving.configs.to_huggingface(weights.config, "float32"))
+    values = (folder / CONFIG_JSON, saving.configs.to_huggingface(weights.config, "float32", {}))
     table, file = names.HUGGING_FACE_DENSE, HUGGING_FACE
     if form == "mistral":
         values = (folder / PARAMS_JSON, saving.configs.to_mistral(weights.config))

@@ -35,7 +35,7 @@ ESTIMATES = (
 )
 
 
-def compile_report(config: Config, name: str, slices: int = 1) -> dict[str, Any]:
+def compile_report(config: Config, name: str, slices: int) -> dict[str, Any]:
     """The report of a config's training step on TPU slices, per chip and per step.
 
     Where the program does not fit, `fits` is false, memory is what the compiler says it would need,
@@ -182,7 +182,7 @@ def _estimate_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def run(config: Config, name: str, path: str = "", slices: int = 1) -> int:
+def run(config: Config, name: str, path: str, slices: int) -> int:
     """Print the report of a config's step on a slice, and write it to a JSON file if one is named.
 
     Returns:

@@ -106,7 +106,7 @@ def sizes_of(config: Config) -> Sizes:
     )
 
 
-def estimate(config: Config, target: SliceName, slices: int = 1) -> Estimate:
+def estimate(config: Config, target: SliceName, slices: int) -> Estimate:
     """Memory, arithmetic and time of a config's training step."""
     sizes, steps = sizes_of(config), config.training.gradient_accumulation
     products, attention = _products(config, sizes), _attention_flops(config, sizes)

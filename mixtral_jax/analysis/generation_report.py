@@ -95,7 +95,7 @@ def shapes_of(model: ModelConfig, batch: Batch) -> Mixtral:
 
 
 def two_programs(
-    model: ModelConfig, mesh: jax.sharding.Mesh, batch: Batch, whole: bool = True
+    model: ModelConfig, mesh: jax.sharding.Mesh, batch: Batch, whole: bool
 ) -> dict[str, Program]:
     """`prefill` and `decode` for a batch on a mesh.
 
@@ -143,7 +143,7 @@ def abstract_inputs(
 
 
 def generation_report(
-    config: Config, name: str, batch: Batch, slices: int = 1
+    config: Config, name: str, batch: Batch, slices: int
 ) -> dict[str, dict[str, Any]]:
     """The reports of prefill and decode, per chip; `estimated_step_seconds` is of one run of each.
 
@@ -285,7 +285,7 @@ def _estimate_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     return [*rows, ("  tokens/s", f"{found['estimated_tokens_per_second_per_chip']:,.4g}")]
 
 
-def run(config: Config, name: str, batch: Batch, path: str = "", slices: int = 1) -> int:
+def run(config: Config, name: str, batch: Batch, path: str, slices: int) -> int:
     """Print the report of generation on a slice, and write it to a JSON file if one is named.
 
     Returns:

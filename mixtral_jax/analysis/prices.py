@@ -50,7 +50,7 @@ class Price(NamedTuple):
     loop_seconds: float = 0.0
     """What a loop over layers copies, by the compiler's estimate; in nothing above."""
 
-    def plus(self, other: Price, times: float = 1.0) -> Price:
+    def plus(self, other: Price, times: float) -> Price:
         """self + times * other."""
         kinds = sorted(self.collectives.keys() | other.collectives.keys())
         nothing = {"count": 0, "bytes": 0}

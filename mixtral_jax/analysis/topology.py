@@ -83,7 +83,7 @@ def get_slice(name: str, slices: int = 1) -> Slice:
     return Slice(shown, chip, tuple(get_devices(name, slices)))
 
 
-def get_devices(name: str, slices: int = 1) -> list[jax.Device]:
+def get_devices(name: str, slices: int) -> list[jax.Device]:
     """Descriptions of the devices of some slices, to make a mesh of and compile for.
 
     Raises:
@@ -104,7 +104,7 @@ def get_devices(name: str, slices: int = 1) -> list[jax.Device]:
         raise InputError(f"{name!r} is not a slice: {reason}") from None
 
 
-def get_target(name: str, slices: int = 1) -> Slice | gpus.Host:
+def get_target(name: str, slices: int) -> Slice | gpus.Host:
     """What a name says, of TPUs (v5p:4x4x4) or of GPUs of one host (h200:8).
 
     Raises:

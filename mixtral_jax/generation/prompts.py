@@ -66,7 +66,7 @@ def read(path: str | pathlib.Path, default: Options, jsonl: bool = False) -> lis
     return [Asked(f"prompt {n}", text, None, default, None, n) for n, text in texts]
 
 
-def is_jsonl(path: str | pathlib.Path, jsonl: bool = False) -> bool:
+def is_jsonl(path: str | pathlib.Path, jsonl: bool) -> bool:
     """Whether a file is one of JSON objects: its name ends in .jsonl, or `jsonl` says so."""
     return jsonl or str(path).lower().endswith(".jsonl")
 

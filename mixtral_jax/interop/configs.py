@@ -228,9 +228,7 @@ def from_mistral(values: Mapping[str, Any], name: str) -> Description:
     return Description(_checked(sizes, read.name), dense=moe is None, dtype=None)
 
 
-def to_huggingface(
-    config: ModelConfig, dtype: str, token_ids: Mapping[str, Any] = {}
-) -> dict[str, Any]:
+def to_huggingface(config: ModelConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json for transformers.MixtralForCausalLM, of transformers 4 and of 5.
 
     capacity_factor and router_z_weight have no key there: the written model drops no token.

@@ -31,8 +31,8 @@ def from_tensor(
     tensor: np.ndarray,
     entry: Entry,
     sizes: Sizes,
-    expert: int | None = None,
-    slices: Mapping[str, slice] | None = None,
+    expert: int | None,
+    slices: Mapping[str, slice] | None,
 ) -> tuple[np.ndarray, str]:
     """The part of a piece that slices name, and its layout.
 

@@ -12,7 +12,7 @@ import mmap
 import os
 import pathlib
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -198,7 +198,6 @@ def write_safetensors(
     path: str | os.PathLike[str],
     tensors: Sequence[tuple[str, np.dtype, tuple[int, ...]]],
     arrays: Iterable[np.ndarray],
-    metadata: Mapping[str, str] | None = {"format": "pt"},
 ) -> int:
     """Write a safetensors file from arrays that come one at a time, as they come.
 
@@ -209,7 +208,6 @@ def write_safetensors(
       path: the file; its folder exists.
       tensors: name, type and shape of every array, in the order of the file.
       arrays: the arrays; each is let go of before the next is asked for.
-      metadata: text for the header; transformers wants format: pt.
 
     Returns:
       The size of the file in bytes.
@@ -219,7 +217,7 @@ def write_safetensors(
       ValueError: an array is not what was announced, or there are too few or too many; a name
         twice; a type that the format does not have.
     """
-    header = make_header(tensors, metadata)
+    header = make_header(tensors)
     with (
         naming(one_line(path)),
         whole_file(path) as unfinished,

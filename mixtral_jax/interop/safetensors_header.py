@@ -20,6 +20,8 @@ from mixtral_jax.interop.strict_json import is_unicode, parse_object, quote
 
 LONGEST_HEADER = 100_000_000
 """Bytes; the format's own limit."""
+METADATA = {"format": "pt"}
+"""What we write beside the tensors: transformers wants it."""
 MOST_DIMENSIONS = 32
 MOST_BYTES = 2**63 - 1
 
@@ -144,14 +146,14 @@ def _check_cover(tensors: Mapping[str, TensorInfo], data: int, size: int, name: 
 
 
 def make_header(
-    tensors: Sequence[tuple[str, np.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None
+    tensors: Sequence[tuple[str, np.dtype, tuple[int, ...]]],
 ) -> bytes:
     """The length and the header, padded so that the tensors begin at a multiple of 8 bytes.
 
     Raises:
       ValueError: a name that is taken, or a type that the format does not have.
     """
-    values: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    values: dict[str, object] = {"__metadata__": METADATA}
     at = 0
     for name, dtype, shape in tensors:
         if name in values or name == "__metadata__":

@@ -95,7 +95,7 @@ def places(capacity: int) -> int:
 
 
 def make_cache(
-    config: ModelConfig, batch: int, places: int, dtype: jnp.dtype, stacked: bool = True
+    config: ModelConfig, batch: int, places: int, dtype: jnp.dtype, stacked: bool
 ) -> Cached | tuple[Cached, ...]:
     """An empty cache of all layers, for `batch` sequences of up to `places` tokens.
 

@@ -276,7 +276,7 @@ class Run:
         malformed = self.batches.malformed
         if jax.process_index() != 0:
             return
-        compressors, lines = None, []
+        compressors, lines = {}, []
         if self.held_out is not None and self.held_out.text:
             text = self.held_out.text
             compressors = report.compression_bits_per_byte(text)

@@ -162,7 +162,7 @@ class Reporter:
                 for layer, load in enumerate(value):
                     self._board.add_scalar(f"{name}/layer_{layer}", load, record["step"])
 
-    def advance(self, step: int, record: dict[str, Any] | None = None) -> None:
+    def advance(self, step: int, record: dict[str, Any] | None) -> None:
         """Move the bar to a step, and show a record's loss and speed beside it."""
         if not self._active:
             return

@@ -140,7 +140,7 @@ def _table(lines: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 def draw_report(
     run_dir: str | os.PathLike[str],
     balanced_value: float,
-    compressors: Mapping[str, float] | None = None,
+    compressors: Mapping[str, float],
 ) -> pathlib.Path:
     """Draw report.png (1600 x 1100 pixels) from a run folder's metrics.jsonl.
 
@@ -165,7 +165,7 @@ def draw_report(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(16, 11), dpi=100, layout="constrained")
         FigureCanvasAgg(figure)
-        _draw(figure, training, validation, balanced_value, dict(compressors or {}))
+        _draw(figure, training, validation, balanced_value, dict(compressors))
         headline = _headline(run_dir.resolve().name, training, validation)
         figure.suptitle(headline, fontsize=19, fontweight="bold")
         with whole_file(path) as unfinished:

@@ -156,7 +156,7 @@ def test_another_error_of_the_compiler_is_not_taken_for_one_of_memory(libtpu, mo
 
     monkeypatch.setattr(compile_report, "compile_step", refuse)
     with pytest.raises(InputError, match=r"refuses this program \(INTERNAL: something else\)"):
-        compile_report.compile_report(make_config(mesh=MESH), "v5p:2x2x1")
+        compile_report.compile_report(make_config(mesh=MESH), "v5p:2x2x1", 1)
 
 
 # ---- mistakes ----------------------------------------------------------------------------------
@@ -190,14 +190,14 @@ def test_mistakes_are_one_line(libtpu, config_file, capsys, arguments, message):
 def test_a_report_that_cannot_be_written_is_refused_before_it_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(compile_report, "compile_report", None)  # not called
     with pytest.raises(InputError, match=f"--report {tmp_path} is a folder: name a file in it"):
-        compile_report.run(make_config(), "v5p:2x2x1", str(tmp_path))
+        compile_report.run(make_config(), "v5p:2x2x1", str(tmp_path), 1)
 
     def refuse(**options):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(report_file.tempfile, "TemporaryFile", refuse)
     with pytest.raises(InputError, match=r"--report .*r.json cannot be written: Permission denied"):
-        compile_report.run(make_config(), "v5p:2x2x1", str(tmp_path / "r.json"))
+        compile_report.run(make_config(), "v5p:2x2x1", str(tmp_path / "r.json"), 1)
 
 
 def test_a_report_is_shown_though_it_cannot_be_written_and_the_old_one_stands(
@@ -214,10 +214,10 @@ def test_a_report_is_shown_though_it_cannot_be_written_and_the_old_one_stands(
     with monkeypatch.context() as patch:
         patch.setattr(report_file.os, "replace", full)
         with pytest.raises(InputError, match=r"r.json cannot be written: No space left on device"):
-            compile_report.run(make_config(), "v5p:2x2x1", str(file))
+            compile_report.run(make_config(), "v5p:2x2x1", str(file), 1)
     assert capsys.readouterr().out == "shown\n"
     assert file.read_text() == "old"
-    assert compile_report.run(make_config(), "v5p:2x2x1", str(file)) == 0
+    assert compile_report.run(make_config(), "v5p:2x2x1", str(file), 1) == 0
     assert json.loads(file.read_text()) == {"fits": True}
     assert list(tmp_path.iterdir()) == [file]
 

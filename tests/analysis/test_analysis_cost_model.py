@@ -48,7 +48,7 @@ SMALL = {
 def test_flops_are_the_models_and_what_is_recomputed(remat, products):
     config = make_config({"fsdp": 2, "expert": 2}, 8, 7, remat=remat, **SMALL)
     tokens = 8 * 7 / 4
-    found = cost_model.estimate(config, chips.parse("v5p:2x2x1")).flops
+    found = cost_model.estimate(config, chips.parse("v5p:2x2x1"), 1).flops
     # Attention on arrays is not causal; what the model counts of it is.
     causal = 6 * 3 * 60 * 7
     model = training_flops_per_token(config.model, 7) - causal
@@ -76,14 +76,14 @@ def test_scores_that_no_kernel_hides_take_memory_and_time(remat, again, kept):
     kernel, held = (make_config(**batch, length=4096, attention=name) for name in ("", "xla"))
     scores, output = 4 * 16 * 3 * 4096**2, 3 * 4096 * 16 * (128 * 2 + 4)
     sizes = cost_model.sizes_of(held)
-    found = cost_model.estimate(held, chips.parse("v5p:2x1x1"))
+    found = cost_model.estimate(held, chips.parse("v5p:2x1x1"), 1)
     assert found.bytes["working"] == 2 * scores
     more = cost_model.kept_bytes(held, sizes) - cost_model.kept_bytes(kernel, sizes)
     assert more == kept * scores - output
     more = cost_model._traffic(held, sizes, 1) - cost_model._traffic(kernel, sizes, 1)
     assert more == 32 * (11 + again) * scores
     one = make_config({"tensor": 2}, 1, 15000, remat=remat)  # no multiple of 128
-    found = cost_model.estimate(one, chips.parse("v5p:2x1x1"))
+    found = cost_model.estimate(one, chips.parse("v5p:2x1x1"), 1)
     assert found.bytes["working"] == 1.5 * 4 * 16 * 15000**2
 
 
@@ -95,7 +95,7 @@ def test_bytes_by_hand():
     assert (sizes.hidden, sizes.matrices) == (20, 3 * 2 * 24 * 20)
     attention = 14 * 5 * (6 + 4) * 2 + 14 * 24 * 2 + 28 * 8
     assert cost_model.kept_bytes(config, sizes) == 14 * 24 * 2 + attention + 56 * 20 * 2
-    found = cost_model.estimate(config, chips.parse("v5p:2x2x2")).bytes
+    found = cost_model.estimate(config, chips.parse("v5p:2x2x2"), 1).bytes
     norms = 7 * 24
     held = (config.model.num_parameters - norms) / 8 + norms
     assert cost_model.parameters(config) == held
@@ -105,9 +105,9 @@ def test_bytes_by_hand():
 
 def test_microbatches_take_time_and_no_memory_but_for_the_sum():
     target = chips.parse("v5p:4x4x4")
-    once = cost_model.estimate(make_config({"fsdp": 64}, 64, remat="full"), target)
+    once = cost_model.estimate(make_config({"fsdp": 64}, 64, remat="full"), target, 1)
     thrice = cost_model.estimate(
-        make_config({"fsdp": 64}, 192, accumulation=3, remat="full"), target
+        make_config({"fsdp": 64}, 192, accumulation=3, remat="full"), target, 1
     )
     assert thrice.flops == pytest.approx(3 * once.flops)
     assert thrice.bytes["kept"] == once.bytes["kept"]
@@ -136,7 +136,7 @@ REPORTS = [
 def test_the_model_is_near_compile_reports(report):
     name, mesh, batch, remat, factor, gib, compiler, links = report
     config = make_config(mesh, batch, remat=remat, receive_factor=factor)
-    found = cost_model.estimate(config, chips.parse(name))
+    found = cost_model.estimate(config, chips.parse(name), 1)
     assert found.total_bytes / GIB == pytest.approx(gib, rel=0.06)
     if compiler is not None:
         seconds = found.step_seconds - found.seconds["interconnect"]
@@ -196,6 +196,7 @@ def test_rows_that_are_kept_are_not_exchanged_again():
         cost_model.estimate(
             make_config({"fsdp": 8, "expert": 8}, 64, remat=remat, receive_factor=1.0),
             chips.parse("v5p:4x4x4"),
+            1,
         )
         for remat in ("matmuls", "matmuls_rows")
     )

@@ -47,7 +47,7 @@ def test_prefill_and_decode_of_a_tiny_model(config_file, tmp_path, capsys, optim
 
 def read(config, batch) -> float:
     mesh = sharding.mesh_from_config(config.mesh)
-    decode = generation_report.two_programs(config.model, mesh, batch)["decode"]
+    decode = generation_report.two_programs(config.model, mesh, batch, True)["decode"]
     cache = bytes_of(decode.arguments[1].cache)
     return generation_report.read_bytes(config, batch, decode) - cache
 
@@ -74,7 +74,7 @@ def test_a_cache_in_int8(config_file):
 
     def cache(**narrow):
         batch = generation_report.Batch(2, 10, 3, **narrow)
-        decode = generation_report.two_programs(model, mesh, batch)["decode"]
+        decode = generation_report.two_programs(model, mesh, batch, True)["decode"]
         return bytes_of(decode.arguments[1].cache)
 
     assert cache(cache_dtype="int8") / cache() == (6 + 4) / (6 * 4)  # values and a scale

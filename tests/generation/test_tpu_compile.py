@@ -26,7 +26,7 @@ def tpu_mesh():
 def test_parts_and_decoding_compile_for_tpu(tpu_mesh):
     config = dataclasses.replace(MODEL, max_position_embeddings=1024)
     batch = generation_report.Batch(BATCH, LENGTH, NEW, part=32)
-    programs = generation_report.two_programs(config, tpu_mesh, batch)
+    programs = generation_report.two_programs(config, tpu_mesh, batch, True)
     assert programs["prefill"].arguments[3].tokens_YL.shape == (8, 32)  # two prompts a device
     progress = programs["decode"].arguments[1]
     cache, _ = (layer.k_BKSH for layer in progress.cache)
@@ -48,7 +48,7 @@ def test_decoding_copies_no_matrix(tpu_mesh):
     sizes = {"hidden_size": 256, "intermediate_size": 768, "num_local_experts": 8}
     config = dataclasses.replace(MODEL, **sizes, param_dtype="bfloat16", compute_dtype="bfloat16")
     batch = generation_report.Batch(BATCH, LENGTH, NEW, part=32)
-    text = generation_report.two_programs(config, tpu_mesh, batch)["decode"].compile(tpu_mesh)
+    text = generation_report.two_programs(config, tpu_mesh, batch, True)["decode"].compile(tpu_mesh)
     text = text.as_text()
     assert "gmm" in text
     matrices = r"bf16\[(2,)?(1,)?(2,256,384|2,384,256|256,384|384,256)\]"

@@ -185,7 +185,7 @@ SIZES = st.integers(1, 50)
 )
 def test_any_sizes_read_back(sizes, groups):
     config = ModelConfig(num_attention_heads=groups * sizes["num_key_value_heads"], **sizes)
-    values = on_disk(configs.to_huggingface(config, "float32"))
+    values = on_disk(configs.to_huggingface(config, "float32", {}))
     assert model(from_huggingface(values, "config.json")) == config
     native = model(from_mistral(on_disk(configs.to_mistral(config)), "params.json"))
     assert (native.num_parameters, native.head_dim) == (config.num_parameters, config.head_dim)
@@ -194,7 +194,7 @@ def test_any_sizes_read_back(sizes, groups):
 def test_transformers_reads_what_is_written():
     transformers = pytest.importorskip("transformers")
     for config in (ODD, *PRESET_CONFIGS):
-        values = configs.to_huggingface(config, "bfloat16")
+        values = configs.to_huggingface(config, "bfloat16", {})
         theirs = transformers.MixtralConfig.from_dict(on_disk(values))
         for key, value in values.items():
             if key not in ("rope_theta", "rope_parameters", "torch_dtype", "dtype"):
@@ -209,7 +209,7 @@ def test_transformers_reads_what_is_written():
 def test_transformers_builds_the_model_that_is_written():
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    theirs = transformers.MixtralConfig.from_dict(configs.to_huggingface(ODD, "bfloat16"))
+    theirs = transformers.MixtralConfig.from_dict(configs.to_huggingface(ODD, "bfloat16", {}))
     with torch.device("meta"):
         built = transformers.MixtralForCausalLM(theirs)
     assert sum(p.numel() for p in built.parameters()) == ODD.num_parameters
@@ -225,4 +225,4 @@ def test_transformers_reads_the_generation_config(tmp_path):
 
 def test_a_type_that_weights_do_not_have():
     with pytest.raises(ValueError, match="dtype='int8' is not one of float32, bfloat16"):
-        configs.to_huggingface(ODD, "int8")
+        configs.to_huggingface(ODD, "int8", {})

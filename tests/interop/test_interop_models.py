@@ -230,7 +230,7 @@ def test_a_tensor_split_into_a_piece_and_put_together_again_is_itself(form):
     sizes, random = names.sizes(CONFIG), np.random.default_rng(0)
     for entry in form.entries.values():
         tensor = random.normal(size=layout.tensor_shape(entry, sizes))
-        piece, letters = layout.from_tensor(tensor, entry, sizes)
+        piece, letters = layout.from_tensor(tensor, entry, sizes, None, None)
         turned = piece.transpose(range(piece.ndim)[::-1])
         again = layout.to_tensor(turned, letters[::-1], entry, sizes)
         np.testing.assert_array_equal(again, tensor)
@@ -241,7 +241,7 @@ def test_mistral_turns_neighbours_where_we_turn_halves():
     entry = names.MISTRAL.entries[names.WK]
     tensor = np.arange(np.prod(layout.tensor_shape(entry, sizes)))
     tensor = tensor.reshape(layout.tensor_shape(entry, sizes))
-    piece, letters = layout.from_tensor(tensor, entry, sizes)
+    piece, letters = layout.from_tensor(tensor, entry, sizes, None, None)
     assert letters == "KHD"
     half = sizes["H"] // 2
     for head in range(sizes["K"]):

@@ -229,7 +229,7 @@ def compare_gradients(config, ours, theirs):
     for piece in names.pieces(config):
         entry = names.HUGGING_FACE_FUSED.entry(piece)
         used.add(entry.name)
-        expected, letters = layout.from_tensor(theirs[entry.name], entry, sizes, piece.expert)
+        expected, letters = layout.from_tensor(theirs[entry.name], entry, sizes, piece.expert, None)
         expected = expected.transpose(layout.transposition(letters, piece.letters))
         place = tuple(n for n in (piece.layer, piece.expert) if n is not None)
         off = np.linalg.norm(ours[piece.parameter][place] - expected)

@@ -124,7 +124,7 @@ def test_decoding_copies_no_matrix(gpus, sequences, triton, mosaic):
     mesh = sharding.make_mesh(devices=gpus(1))
     model = dataclasses.replace(MODEL, hidden_size=512, intermediate_size=2048)
     batch = generation_report.Batch(sequences=sequences, prompt_length=64, max_new_tokens=64)
-    program = generation_report.two_programs(model, mesh, batch)["decode"]
+    program = generation_report.two_programs(model, mesh, batch, True)["decode"]
     compiled = program.compile(mesh)
     called = re.findall(r'custom_call_target="([^"]*)"', compiled.as_text())
     assert called.count("__gpu$xla.gpu.triton") == triton * model.num_hidden_layers

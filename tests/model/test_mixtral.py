@@ -209,7 +209,7 @@ def test_prefill_and_single_tokens_equal_the_full_pass(mesh):
     with jax.set_mesh(made):
         full = forward(mesh)(params, tokens)
         params = place(params, made)
-        cache = make_cache(config, B, slots, jnp.float32)
+        cache = make_cache(config, B, slots, jnp.float32, True)
         at = np.broadcast_to(np.arange(longest, dtype=np.int32), (B, longest))
         real = (at < prompt_B[:, None]).astype(np.int32)
         garbage = np.where(real, tokens[:, :longest], 37)

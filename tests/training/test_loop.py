@@ -80,7 +80,7 @@ def test_a_run_folder_has_what_it_promises(whole):
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(whole, tmp_path, monkeypatch, capfd):
     folder, advance, events = tmp_path / "run", Reporter.advance, []
 
-    def advance_then_signal(self, step, record=None):
+    def advance_then_signal(self, step, record):
         events.append(step)
         advance(self, step, record)
         if step == 4:

@@ -186,7 +186,7 @@ def test_a_failed_drawing_leaves_the_old_picture_and_no_other_file(tmp_path, mon
 
     monkeypatch.setattr(Figure, "savefig", fail)
     with pytest.raises(OSError, match="disk full"):
-        report.draw_report(tmp_path, 2.0)
+        report.draw_report(tmp_path, 2.0, {})
     assert (tmp_path / "report.png").read_bytes() == b"old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "report.png"]
 
@@ -194,4 +194,4 @@ def test_a_failed_drawing_leaves_the_old_picture_and_no_other_file(tmp_path, mon
 def test_a_run_without_training_lines_is_refused_by_name(tmp_path):
     write(tmp_path, [validation_line(1)])
     with pytest.raises(ValueError, match=r"metrics\.jsonl holds no training line"):
-        report.draw_report(tmp_path, 2.0)
+        report.draw_report(tmp_path, 2.0, {})
