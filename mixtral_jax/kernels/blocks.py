@@ -104,7 +104,7 @@ def _sizes(rows: int, experts: int) -> list[int]:
     return [min(max(even, STEP_ROWS), MOST_ON_GPU, rows)]
 
 
-def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype=None) -> jax.Array:
+def dot_rounded(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype=None) -> jax.Array:
     """The product of two matrices over an axis of each, rounded once to a type: that of a if None.
 
     b is converted to the type of a. No copy to transpose either. Asked for float32, XLA:CPU
@@ -121,7 +121,7 @@ def _rows_times_matrix(x_RD, w_EDF, group_sizes_E, axis: int):
     out_RF = bits(jnp.zeros((x_RD.shape[0], w_EDF.shape[2 - axis]), x_RD.dtype))
 
     def body(block, out_RF):
-        return block.put(out_RF, bits(dot(block.take(x_RD), block.matrix(w_EDF), 1, axis)))
+        return block.put(out_RF, bits(dot_rounded(block.take(x_RD), block.matrix(w_EDF), 1, axis)))
 
     init = vary_like(out_RF, x_RD, group_sizes_E)
     return floats(for_each_block(group_sizes_E, x_RD.shape[0], body, init), x_RD.dtype)
@@ -132,7 +132,9 @@ def _rows_times_rows(x_RD, g_RF, group_sizes_E):
     shape = (group_sizes_E.shape[0], x_RD.shape[1], g_RF.shape[1])
 
     def body(block, out_EDF):
-        return block.add(out_EDF, dot(block.take(x_RD), block.take(g_RF), 0, 0, jnp.float32))
+        return block.add(
+            out_EDF, dot_rounded(block.take(x_RD), block.take(g_RF), 0, 0, jnp.float32)
+        )
 
     init = vary_like(jnp.zeros(shape, jnp.float32), x_RD, g_RF)
     return for_each_block(group_sizes_E, x_RD.shape[0], body, init)

@@ -6,14 +6,13 @@ are kept: the backward pass makes them again from the sum of their exponentials.
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from mixtral_jax.kernels.blocks import dot
+from mixtral_jax.kernels import dot
+from mixtral_jax.kernels.blocks import dot_rounded
 
 KEPT = "attention_chunks"
 """Name, for checkpoint policies, of what the backward pass wants: the output and the logsumexp."""
@@ -28,9 +27,6 @@ def fits(length: int) -> bool:
     return length % CHUNKS == 0 and length >= SHORTEST
 
 
-_dot = partial(dot, dtype=jnp.float32)
-
-
 def _chunks(length: int):
     """(first, last + 1) of the queries of each chunk; its keys end where they do."""
     size = length // CHUNKS
@@ -40,7 +36,7 @@ def _chunks(length: int):
 def _scores(q_LGH, k_SH, segments_L, first: int, last: int):
     """scores_rS of the queries first .. last, r = (query, group), and of the keys before last."""
     groups, head = q_LGH.shape[1:]
-    scores_rS = _dot(q_LGH[first:last].reshape(-1, head), k_SH[:last], 1, 1) * head**-0.5
+    scores_rS = dot(q_LGH[first:last].reshape(-1, head), k_SH[:last], 1) * head**-0.5
     rows_l, keys_S = jnp.arange(first, last), jnp.arange(last)
     allowed_lS = rows_l[:, None] >= keys_S[None]
     allowed_lS &= segments_L[first:last, None] == segments_L[None, :last]
@@ -57,7 +53,7 @@ def _forward_one(operands):
         most_r1 = scores_rS.max(axis=1, keepdims=True)
         weights_rS = jnp.exp(scores_rS - most_r1)
         sum_r1 = weights_rS.sum(axis=1, keepdims=True)
-        outs.append(_dot(weights_rS.astype(v_LH.dtype), v_LH[:last], 1, 0) / sum_r1)
+        outs.append(dot(weights_rS.astype(v_LH.dtype), v_LH[:last]) / sum_r1)
         logsumexps.append(most_r1 + jnp.log(sum_r1))
     out_LGH = jnp.concatenate(outs).reshape(q_LGH.shape).astype(q_LGH.dtype)
     return out_LGH, jnp.concatenate(logsumexps).reshape(q_LGH.shape[:2])
@@ -73,11 +69,11 @@ def _backward_one(operands):
         q_rH, g_rH = (a[first:last].reshape(-1, head) for a in (q_LGH, g_LGH))
         sum_r1, dot_r1 = (a[first:last].reshape(-1, 1) for a in (logsumexp_LG, dot_LG))
         weights_rS = jnp.exp(_scores(q_LGH, k_LH, segments_L, first, last) - sum_r1)
-        d_weights_rS = _dot(g_rH, v_LH[:last], 1, 1)
+        d_weights_rS = dot(g_rH, v_LH[:last], 1)
         d_scores_rS = (weights_rS * (d_weights_rS - dot_r1) * head**-0.5).astype(dtype)
-        dqs.append(_dot(d_scores_rS, k_LH[:last], 1, 0))
-        dk_LH = dk_LH.at[:last].add(_dot(d_scores_rS, q_rH, 0, 0))
-        dv_LH = dv_LH.at[:last].add(_dot(weights_rS.astype(dtype), g_rH, 0, 0))
+        dqs.append(dot(d_scores_rS, k_LH[:last]))
+        dk_LH = dk_LH.at[:last].add(dot_rounded(d_scores_rS, q_rH, 0, 0, jnp.float32))
+        dv_LH = dv_LH.at[:last].add(dot_rounded(weights_rS.astype(dtype), g_rH, 0, 0, jnp.float32))
     dq_LGH = jnp.concatenate(dqs).reshape(q_LGH.shape)
     return tuple(a.astype(dtype) for a in (dq_LGH, dk_LH, dv_LH))
 

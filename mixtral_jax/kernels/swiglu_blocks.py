@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mixtral_jax.kernels import sum_like, vary_like
+from mixtral_jax.kernels import dot, sum_like, vary_like
 from mixtral_jax.kernels.bits import bits, floats
-from mixtral_jax.kernels.blocks import dot, for_each_block
+from mixtral_jax.kernels.blocks import dot_rounded, for_each_block
 
 
 @jax.custom_vjp
@@ -33,10 +33,10 @@ def _forward(*operands):
 
     def body(block, carry):
         x_bD = block.take(x_RD)
-        gate_bF = dot(x_bD, block.matrix(gate_EDF), 1, 0, jnp.float32)
-        up_bF = dot(x_bD, block.matrix(up_EDF), 1, 0, jnp.float32)
+        gate_bF = dot_rounded(x_bD, block.matrix(gate_EDF), 1, 0, jnp.float32)
+        up_bF = dot_rounded(x_bD, block.matrix(up_EDF), 1, 0, jnp.float32)
         hidden_bF = (jax.nn.silu(gate_bF) * up_bF).astype(dtype)
-        made = (gate_bF, up_bF, dot(hidden_bF, block.matrix(down_EFD), 1, 0))
+        made = (gate_bF, up_bF, dot_rounded(hidden_bF, block.matrix(down_EFD), 1, 0))
         return tuple(block.put(a, bits(b.astype(dtype))) for a, b in zip(carry, made, strict=True))
 
     empty_RF = vary_like(bits(jnp.zeros((rows, hidden), dtype)), x_RD)
@@ -61,20 +61,20 @@ def _backward(residuals, g_RD):
         gate_bF, up_bF = (
             floats(block.take(a), dtype).astype(jnp.float32) for a in (gate_RF, up_RF)
         )
-        d_hidden_bF = dot(g_bD, block.matrix(down_EFD), 1, 1, jnp.float32)
+        d_hidden_bF = dot_rounded(g_bD, block.matrix(down_EFD), 1, 1, jnp.float32)
         sigmoid_bF = jax.nn.sigmoid(gate_bF)
         silu_bF = gate_bF * sigmoid_bF
         d_up_bF = (d_hidden_bF * silu_bF).astype(dtype)
         hidden_bF = (silu_bF * up_bF).astype(dtype)
         d_gate_bF = d_hidden_bF * up_bF * (sigmoid_bF + silu_bF * (1 - sigmoid_bF))
         d_gate_bF = d_gate_bF.astype(dtype)
-        dx_bD = dot(d_gate_bF, block.matrix(gate_EDF), 1, 1, jnp.float32)
-        dx_bD += dot(d_up_bF, block.matrix(up_EDF), 1, 1, jnp.float32)
+        dx_bD = dot_rounded(d_gate_bF, block.matrix(gate_EDF), 1, 1, jnp.float32)
+        dx_bD += dot_rounded(d_up_bF, block.matrix(up_EDF), 1, 1, jnp.float32)
         return (
             block.put(dx_RD, bits(dx_bD.astype(dtype))),
-            block.add(d_gate_EDF, dot(x_Db, d_gate_bF, 1, 0, jnp.float32)),
-            block.add(d_up_EDF, dot(x_Db, d_up_bF, 1, 0, jnp.float32)),
-            block.add(d_down_EDF, dot(g_Db, hidden_bF, 1, 0, jnp.float32)),
+            block.add(d_gate_EDF, dot(x_Db, d_gate_bF)),
+            block.add(d_up_EDF, dot(x_Db, d_up_bF)),
+            block.add(d_down_EDF, dot(g_Db, hidden_bF)),
         )
 
     dx_RD = bits(jnp.zeros_like(x_RD))
