@@ -9,6 +9,7 @@ import measure  # noqa: F401  (finds the package)
 from mixtral_jax import config_io, sharding
 from mixtral_jax.command_line import give_back_memory
 from mixtral_jax.config import Config, MeshConfig, ModelConfig
+from mixtral_jax.model.flops import experts_visited
 
 
 def load(path: str, overrides: list[str]) -> Config:
@@ -104,15 +105,14 @@ def prompts(batch: int, length: int, vocabulary: int, first: int = 0) -> list[li
 def read_bytes(config: ModelConfig, batch: int, slots: int, weight: int, activation: int) -> float:
     """Bytes that a decoding step must read: weights of the experts in use, all others, the cache.
 
-    Of E experts a batch of B tokens that choose k each at random uses E (1 - (1 - k / E)^B). Of the
-    embedding only the rows of the batch are read.
+    Experts are used as by tokens that choose at random. Of the embedding only the rows of the batch
+    are read.
 
     Args:
       slots: tokens in the cache of a row, on average.
       weight, activation: bytes of one number of each.
     """
-    experts, chosen = config.num_local_experts, config.num_experts_per_tok
-    used = experts * (1 - (1 - chosen / experts) ** batch)
+    experts, used = config.num_local_experts, experts_visited(config, batch)
     expert = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
     others = config.num_parameters - experts * expert - config.vocab_size * config.hidden_size
     kept = 2 * config.num_key_value_heads * config.head_size * config.num_hidden_layers

@@ -33,6 +33,7 @@ from mixtral_jax.generation.sampling import Parameters
 from mixtral_jax.interop import folders, quantizing
 from mixtral_jax.kernels import cached_attention
 from mixtral_jax.model.cache import places
+from mixtral_jax.model.flops import experts_visited
 from mixtral_jax.model.mixtral import Mixtral, abstract_state, chosen_kernels
 from mixtral_jax.model.unstacked import in_layers, whole_fits
 
@@ -227,13 +228,13 @@ def read_bytes(config: Config, batch: Batch, decode: Program) -> float:
     model, mesh = config.model, config.mesh
     params, progress = decode.arguments[:2]
     # A copy of the experts serves the sequences of its own devices.
-    unchosen = 1 - model.num_experts_per_tok / model.num_local_experts
-    visited = 1 - unchosen ** (batch.sequences / (mesh.data * mesh.fsdp))
+    visited = experts_visited(model, batch.sequences / (mesh.data * mesh.fsdp))
+    share = visited / model.num_local_experts
     read = bytes_of(progress.cache)
     for path, param in nnx.to_flat_state(params):
         if path[0] != "embedding_VD":  # of which it reads a few rows
             of_experts = param.get_metadata("logical_axes")[0] == "experts"
-            read += bytes_of(param) * (visited if of_experts else 1)
+            read += bytes_of(param) * (share if of_experts else 1)
     return read
 
 

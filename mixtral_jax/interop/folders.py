@@ -153,7 +153,7 @@ def training_sizes(checkpoint: str, run_dir: str = "") -> dict[str, Any]:
       InputError: as `describe`, or because the checkpoint has no experts.
     """
     with contextlib.suppress(InputError):
-        begun = config_io.load(pathlib.Path(run_dir) / "config.yaml").model
+        begun = config_io.load(pathlib.Path(run_dir) / own.CONFIG).model
         if begun.checkpoint == checkpoint:
             return configs.describe(begun).sizes
     description = describe(checkpoint)

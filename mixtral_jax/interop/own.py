@@ -25,7 +25,8 @@ from mixtral_jax.config import Config, InputError
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.interop.strict_json import quote
 
-FOLDER = "checkpoints"
+CONFIG, FOLDER = "config.yaml", "checkpoints"
+"""In a run's folder."""
 PARAMS, RUN = "params", "run"
 _VERSION, _FILES = "tokenizer_version", "files"
 _KINDS = {

@@ -1,4 +1,4 @@
-"""Arithmetic of the network, and the peak rates it is compared with."""
+"""Arithmetic of the network, the experts it visits, and the peak rates it is compared with."""
 
 from __future__ import annotations
 
@@ -34,3 +34,12 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
     heads = config.num_attention_heads * config.head_size
     attention = 6 * config.num_hidden_layers * heads * sequence_length
     return 6.0 * (config.num_active_parameters - norms - embedding) + attention
+
+
+def experts_visited(config: ModelConfig, tokens: float) -> float:
+    """Experts of a layer that some of so many tokens choose, if each chooses at random.
+
+    E (1 - (1 - k / E)^tokens), on average.
+    """
+    experts = config.num_local_experts
+    return experts * (1 - (1 - config.num_experts_per_tok / experts) ** tokens)

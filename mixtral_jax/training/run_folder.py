@@ -14,8 +14,8 @@ import jax
 from mixtral_jax import config_io
 from mixtral_jax.config import Config, InputError, MeshConfig
 from mixtral_jax.files import UNFINISHED, whole_file
+from mixtral_jax.interop.own import CONFIG
 
-CONFIG = "config.yaml"
 LOCK = ".lock"
 
 # What may differ when a run goes on: where and how it computes, not what.
