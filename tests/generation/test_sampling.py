@@ -1,7 +1,6 @@
 """Draws: their frequencies are the probabilities, and a row depends on nothing but its own."""
 
-from functools import partial
-
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -170,7 +169,7 @@ def test_rows_split_over_devices_are_sampled_as_on_one():
     mesh = jax.make_mesh((8,), ("batch",))
     split = jax.shard_map(body, mesh=mesh, in_specs=batch, out_specs=batch)
     got = jax.jit(split)(*jax.device_put(given_rows, NamedSharding(mesh, batch)))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), got, body(*given_rows))
+    chex.assert_trees_all_close(got, body(*given_rows), rtol=1e-6)
 
 
 def test_streams_of_different_seeds_and_steps_differ():

@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -308,7 +309,7 @@ def test_initial_weights_are_the_same_on_every_mesh():
     one = plain(nnx.state(initialize(config, key, sharding.make_mesh())))
     for sizes in [(2, 1, 2, 1), (1, 2, 2, 2)]:
         other = plain(nnx.state(initialize(config, key, sharding.make_mesh(*sizes))))
-        jax.tree.map(np.testing.assert_array_equal, other, one)
+        chex.assert_trees_all_equal(other, one, strict=True)
 
 
 def test_initial_weights_are_normal_and_all_different():

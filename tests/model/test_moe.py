@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,8 +210,7 @@ def test_padding_is_not_routed():
     np.testing.assert_allclose(statistics.probabilities_E.sum(), real_BL.sum(), rtol=1e-6)
     other = np.where(real_BL[..., None], x_BLD, -7)
     again = run(params, other, real_BL, g)
-    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves((out, statistics, gradients, dx))):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(again, (out, statistics, gradients, dx))
 
 
 @pytest.mark.parametrize("exchange", ["local", "padded", "ragged"])

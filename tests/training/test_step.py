@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -187,14 +188,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     assert int(metrics.skipped) == int(metrics.skipped_in_a_row) == 1
     assert int(after.step) == 2
     assert not np.isfinite(metrics.losses.total)
-    assert_same(after.optimizer, before.optimizer)
-    assert_same(after.params.layers, before.params.layers)
-    assert_same(after.params.embedding_VD, before.params.embedding_VD)
-
-
-def assert_same(got, expected):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(after.optimizer, before.optimizer)
+    chex.assert_trees_all_equal(after.params.layers, before.params.layers)
+    chex.assert_trees_all_equal(after.params.embedding_VD, before.params.embedding_VD)
 
 
 def test_only_matrices_decay():
