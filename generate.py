@@ -58,7 +58,8 @@ def make_parser() -> Parser:
         add(f"--{name}", metavar=metavar, type=kind, default=value, help=help)
 
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--checkpoint", metavar="DIR", help="a run folder, or one of its steps")
+    help = "a run folder, one of its steps, or released weights"
+    model.add_argument("--checkpoint", metavar="DIR", help=help)
     model.add_argument("--config", metavar="FILE", help="a model's sizes; with --compile-only")
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", metavar="TEXT", help="what to go on from; may be empty")
@@ -102,8 +103,8 @@ def make_parser() -> Parser:
     add("--context", metavar="N", type=int, help=help)
     help = f"most tokens of a prompt between two steps of the others (default {serving.part})"
     add("--part", metavar="N", type=int, default=serving.part, help=help)
-    add("--cache-dtype", metavar="TYPE", help="int8: half of the cache's memory")
-    add("--weights", metavar="TYPE", help="int8: half of the matrices' memory")
+    add("--cache-dtype", metavar="TYPE", help="int8: the cache takes half of bfloat16's memory")
+    add("--weights", metavar="TYPE", help="int8: the matrices take half of bfloat16's memory")
     place = "where to compute: mesh.expert=4, model.exchange=padded, model.compute_dtype=float32"
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=place)
     only = parser.add_argument_group("compile reports")

@@ -235,13 +235,14 @@ class TrainingConfig:
     z_loss_weight: float = 0.0
     """Weight of the mean squared logsumexp of the output logits."""
     log_every: int = 10
-    """Steps between training lines of metrics.jsonl; the last step has one too."""
+    """Steps between training lines of metrics.jsonl; the last step has one too, and one that a
+    signal stops the run at."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the last step has one too."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints stay, beside the best one."""
     validate_every: int = 500
-    """Steps between validations, beside those at every checkpoint; 0 switches validation off."""
+    """Steps between validations, beside those at checkpoints; 0 switches validation off."""
     validation_batches: int = 20
     """Batches of held-out text scored each time."""
     max_skipped_steps: int = 10

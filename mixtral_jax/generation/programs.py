@@ -43,7 +43,7 @@ ENDS = 17
 
 
 class Rows(NamedTuple):
-    """What the requests in the rows ask; R rows, split as the batch."""
+    """What the requests in the rows ask; a row of each B, split as the batch."""
 
     seed_B: jax.Array
     """uint32."""

@@ -20,8 +20,9 @@ ROUND = 16
 class Step(NamedTuple):
     """A cache, and what one forward pass does with it."""
 
-    cache: Cached
-    """Of one layer, or of all with a layer dimension in front."""
+    cache: Cached | tuple[Cached, ...] | None
+    """Of one layer, or of all: with a layer dimension in front, or each its own. None in a pass
+    without a cache."""
     layer: jax.Array | None
     """Which layer; None where the cache is of one."""
     row_B: jax.Array | None
