@@ -117,6 +117,32 @@ def columns(
     return jax.shard_map(body, in_specs=specs, out_specs=out, check_vma=False)(x_BLD, ws)
 
 
+def rows_that_travel(table_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
+    """table_VD[ids_BL] on a mesh, split as the batch: rows are sent, and the table stays.
+
+    Each device takes what it has of the rows that all devices with other columns want. Zeros for an
+    id that the table has not.
+    """
+    of_rows, of_columns = (
+        (axes,) if isinstance(axes, str) else axes or ()
+        for axes in jax.typeof(table_VD).sharding.spec
+    )
+
+    def body(table_vd, ids_BL):
+        if of_columns:
+            ids_BL = jax.lax.all_gather(ids_BL, of_columns, tiled=True)
+        ids_BL -= jax.lax.axis_index(of_rows) * table_vd.shape[0]
+        get = table_vd.at[ids_BL].get
+        rows_BLd = get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        if of_columns:
+            rows_BLd = jax.lax.all_to_all(rows_BLd, of_columns, 0, 2, tiled=True)
+        return jax.lax.psum(rows_BLd, of_rows)
+
+    batch = sharding.spec("batch")
+    specs = PartitionSpec(of_rows, of_columns), batch
+    return jax.shard_map(body, in_specs=specs, out_specs=batch)(table_VD, ids_BL)
+
+
 def logits_of_transposed(x_BLD: jax.Array, head_VD: jax.Array) -> jax.Array:
     """float32 logits_BLV for inference on CPU, where the head's columns are given as rows.
 

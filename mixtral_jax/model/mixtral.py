@@ -18,9 +18,20 @@ from mixtral_jax.model.attention import Attention
 from mixtral_jax.model.cache import Cached, Step, make_cache
 from mixtral_jax.model.int8 import Int8
 from mixtral_jax.model.int8 import columns as int8_columns
-from mixtral_jax.model.layers import RMSNorm, columns, logits_of_transposed, matrix, product
+from mixtral_jax.model.layers import (
+    RMSNorm,
+    columns,
+    logits_of_transposed,
+    matrix,
+    product,
+    rows_that_travel,
+)
 from mixtral_jax.model.moe import MoE, exchange_of, grouped_matmul_of
 from mixtral_jax.model.router import RoutingStatistics
+
+SENT_TIMES = 3
+"""How often a device sends a row of the embedding that travels, at most: over the axis that splits
+the vocabulary as a sum, which is twice, and over those that split the model dimension."""
 
 
 class Forward(NamedTuple):
@@ -144,7 +155,7 @@ class Mixtral(nnx.Module):
             positions_BL = jnp.zeros_like(tokens_BL) + jnp.arange(tokens_BL.shape[1])[None]
         if segments_BL is None:
             segments_BL = jnp.ones_like(tokens_BL)
-        x_BLD = self._embed(tokens_BL)
+        x_BLD = self._embed(tokens_BL, cache is not None)
         step = Step(cache, None, row_B, positions_BL, segments_BL > 0)
         if isinstance(self.layers, Block):
             run = self._run_layers
@@ -188,8 +199,12 @@ class Mixtral(nnx.Module):
         graphdef, stacked = nnx.split(self.layers)
         return nnx.merge(graphdef, jax.tree.map(lambda a: a[number], stacked))
 
-    def _embed(self, tokens_BL):
+    def _embed(self, tokens_BL, cached: bool = False):
         dtype, table_VD = compute_dtype(self.config), self.embedding_VD[...]
+        few = tokens_BL.size // sharding.batch_shards() * SENT_TIMES < table_VD.shape[0]
+        if cached and few and any(jax.typeof(table_VD).sharding.spec):
+            tokens_BL = sharding.shard(tokens_BL, "batch", None)
+            return rows_that_travel(table_VD, tokens_BL).astype(dtype)
         if platform() != "cpu":  # less to gather; XLA:CPU takes rows in float32 alone
             table_VD = table_VD.astype(dtype)
         table_VD = sharding.shard(table_VD, None, None)

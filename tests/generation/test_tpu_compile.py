@@ -43,6 +43,14 @@ def test_parts_and_decoding_compile_for_tpu(tpu_mesh):
         assert memory.alias_size_in_bytes >= per_device
 
 
+def test_decoding_gathers_no_embedding(tpu_mesh):
+    """The table is [500, 24] on each device."""
+    config = dataclasses.replace(MODEL, vocab_size=1000, max_position_embeddings=1024)
+    batch = generation_report.Batch(BATCH, LENGTH, NEW, part=32)
+    text = generation_report.two_programs(config, tpu_mesh, batch, True)["decode"].compile(tpu_mesh)
+    assert "[1000,24]" not in text.as_text()
+
+
 def test_decoding_copies_no_matrix(tpu_mesh):
     """The kernels read the experts' matrices, two on each device, where they lie."""
     sizes = {"hidden_size": 256, "intermediate_size": 768, "num_local_experts": 8}

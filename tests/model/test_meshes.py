@@ -17,6 +17,7 @@ from whole import B, L, compiled, expected, loss_of, make_batch, make_config, pa
 
 from mixtral_jax import sharding
 from mixtral_jax.config import InputError, MeshConfig, check_mesh
+from mixtral_jax.model.layers import rows_that_travel
 from mixtral_jax.model.mixtral import abstract_state
 
 ONE = (1, 1, 1, 1)
@@ -42,6 +43,29 @@ def test_loss_gradients_and_statistics_do_not_depend_on_the_mesh(mesh):
 def test_ragged_exchange_in_the_whole_network():
     arguments = parameters(make_config()), make_batch()
     oracle.close(compiled((1, 1, 4, 1), exchange="ragged")(*arguments), expected())
+
+
+@pytest.mark.parametrize("model", ["model", "served_model"])
+@pytest.mark.parametrize("mesh", [(1, 2, 2, 2), (2, 1, 1, 2), (1, 1, 4, 1)], ids=describe)
+def test_rows_of_a_split_table_travel(mesh, model):
+    """Values, and the gradient of a row that several devices want; zeros for ids of no row."""
+    rng = np.random.default_rng(0)
+    table_VD, g_BLD = rng.normal(size=(38, WIDTH)), rng.normal(size=(B, L, WIDTH))
+    ids_BL = rng.integers(38, size=(B, L))
+    ids_BL[0, :2] = -1, 38
+    has_BL1 = (ids_BL % 39 < 38)[..., None]
+    expected_BLD, grad_VD = has_BL1 * table_VD[ids_BL % 38], np.zeros_like(table_VD)
+    np.add.at(grad_VD, ids_BL % 38, has_BL1 * g_BLD)
+    mesh = sharding.make_mesh(*mesh)
+    where, batch = (sharding.on(mesh, *axes) for axes in (("vocabulary", model), ("batch",)))
+    table_VD = jax.device_put(np.float32(table_VD), where)
+    ids_BL, g_BLD = jax.device_put((np.int32(ids_BL), np.float32(g_BLD)), batch)
+    with jax.set_mesh(mesh):
+        rows_BLD, pull = jax.vjp(lambda table: rows_that_travel(table, ids_BL), table_VD)
+        (found_VD,) = pull(g_BLD)
+    assert jax.typeof(rows_BLD).sharding.spec == sharding.spec("batch", None, None, mesh=mesh)
+    assert found_VD.sharding == table_VD.sharding
+    oracle.close((rows_BLD, found_VD), (expected_BLD, grad_VD), rel=1e-6)
 
 
 # ---- the compiled program ----------------------------------------------------------------------
