@@ -87,7 +87,7 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
         if not operation:
             continue
         name, shape, opcode, rest = operation.groups()
-        sizes[name] = _bytes(shape)
+        sizes[name] = shape_bytes(shape)
         if opcode == "send" and (between := _between_slices(shape, rest, devices)):
             found.append(between)
         kind = opcode.removesuffix("-start")
@@ -106,7 +106,7 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
     return found
 
 
-def _bytes(shape: str) -> int:
+def shape_bytes(shape: str) -> int:
     """Bytes of an array, or of all arrays of a tuple, as HLO writes its type."""
     total = 0
     for kind, dimensions in _ARRAY.findall(shape):
@@ -140,7 +140,7 @@ def _between_slices(shape: str, rest: str, devices: int) -> Collective | None:
     if not kind or not numbers:
         return None
     slices, kind = len(_numbers(numbers[1])), kind[1].lower().replace("_", "-")
-    buffer = _bytes(shape.partition("}")[0])  # the first of a tuple
+    buffer = shape_bytes(shape.partition("}")[0])  # the first of a tuple
     if kind == "all-gather":
         buffer *= slices
     known = kind if kind in KINDS else "collective-permute"

@@ -1,8 +1,9 @@
 """Pallas kernels in a compiled program, and what the compiler's estimate makes of them.
 
 The compiler looks into no kernel. One whose author states a cost is priced by it: grouped products
-state that of every row of their buffer, in use or not. One without, such as splash attention, is
-priced as the memory traffic of its arguments, its arithmetic as nothing.
+state that of every row of their buffer, in use or not, and of every expert's matrix. One without,
+such as splash attention, is priced as the memory traffic of its arguments, its arithmetic as
+nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from typing import NamedTuple
 
 from mixtral_jax.analysis.chips import Chip
+from mixtral_jax.analysis.collectives import shape_bytes
 
 ATTENTION_UTILISATION = 0.5
 """Of the chip's peak, what splash attention is taken to reach: an assumption. Softmax takes turns
@@ -48,6 +50,8 @@ class CustomCall(NamedTuple):
     flops: float
     """By its author's statement, as the bytes; 0 where there is none."""
     bytes: float
+    matrices: float
+    """Bytes of the operands of three dimensions: of a grouped product, the matrices."""
 
 
 class Cost(NamedTuple):
@@ -64,29 +68,51 @@ def read_calls(text: str) -> list[CustomCall]:
     for line in text.splitlines():
         if found := _CALL.match(line):
             operands = found[2].partition("}}")[0]
+            types = [match[0] for match in _SHAPE.finditer(operands)]
             shapes = tuple(
                 tuple(int(n) for n in dimensions.split(",") if n)
                 for dimensions in _SHAPE.findall(operands)
             )
+            matrices = sum(shape_bytes(one) for one, of in zip(types, shapes) if len(of) == 3)
             cost = _COST.search(line)
             flops, size = (float(n) for n in cost.groups()) if cost else (0.0, 0.0)
-            calls.append(CustomCall(found[1], shapes, flops, size))
+            calls.append(CustomCall(found[1], shapes, flops, size, matrices))
     return calls
 
 
-def surplus(calls: list[CustomCall], share: float, chip: Chip) -> Cost:
+def surplus(
+    calls: list[CustomCall], share: float, chip: Chip, visited: float | None = None
+) -> Cost:
     """What the estimate has too much for grouped products, of whose rows only a share is in use.
 
     Priced as the compiler prices a kernel: by its arithmetic or by its memory traffic, whichever
     takes longer, at the compiler's own rates. The gradient of the matrices by ragged_dot is no
     kernel, and does work on every row.
+
+    Args:
+      visited: of a device's experts, those that rows go to: the matrices of others are not read,
+        and theirs once. None where many rows read them over and over.
     """
     grouped = [call for call in calls if _GROUPED.search(call.name)]
-    seconds = sum(
-        max(call.flops / chip.priced_flops, call.bytes / chip.priced_bytes) for call in grouped
+    stated = _total([_priced(call.flops, call.bytes, chip) for call in grouped])
+    used = _total(
+        [_priced(share * call.flops, _read(call, share, visited), chip) for call in grouped]
     )
-    flops, size = sum(call.flops for call in grouped), sum(call.bytes for call in grouped)
-    return Cost((1 - share) * flops, (1 - share) * size, (1 - share) * seconds)
+    return Cost(*(had - has for had, has in zip(stated, used)))
+
+
+def _read(call: CustomCall, share: float, visited: float | None) -> float:
+    if visited is None:
+        return share * call.bytes
+    return share * (call.bytes - call.matrices) + visited * call.matrices
+
+
+def _priced(flops: float, size: float, chip: Chip) -> Cost:
+    return Cost(flops, size, max(flops / chip.priced_flops, size / chip.priced_bytes))
+
+
+def _total(costs: list[Cost]) -> Cost:
+    return Cost(*(sum(cost[i] for cost in costs) for i in range(3)))
 
 
 def unpriced(calls: list[CustomCall], peak_flops: float) -> Cost:

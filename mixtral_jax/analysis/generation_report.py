@@ -196,12 +196,13 @@ def price_of(
     if kind == "prefill":
         tokens = batch.lanes(config.mesh.batch_shards) * batch.length
     share = prices.share_in_use(model, mesh, tokens)
+    visited = visited_share(config, batch) if kind == "decode" else None
 
     def of_layers(layers: int) -> prices.Price:
         few = dataclasses.replace(model, num_hidden_layers=layers, scan_layers=False)
         with cached_attention.whole():
             compiled = two_programs(few, mesh, batch, whole)[kind].compile(mesh, prices.PRICED_WITH)
-        return prices.price_of(compiled, mesh, target, share)
+        return prices.price_of(compiled, mesh, target, share, visited)
 
     return prices.extrapolate(of_layers, model.num_hidden_layers)
 
@@ -223,13 +224,18 @@ def _check(config: Config, batch: Batch) -> None:
         )
 
 
-def read_bytes(config: Config, batch: Batch, decode: Program) -> float:
-    """What one device must read for a decoding step, of weights and of its cache."""
+def visited_share(config: Config, batch: Batch) -> float:
+    """Of the experts, those that a decoding step visits, if it visits them at random."""
     model, mesh = config.model, config.mesh
-    params, progress = decode.arguments[:2]
     # A copy of the experts serves the sequences of its own devices.
     visited = experts_visited(model, batch.sequences / (mesh.data * mesh.fsdp))
-    share = visited / model.num_local_experts
+    return visited / model.num_local_experts
+
+
+def read_bytes(config: Config, batch: Batch, decode: Program) -> float:
+    """What one device must read for a decoding step, of weights and of its cache."""
+    params, progress = decode.arguments[:2]
+    share = visited_share(config, batch)
     read = bytes_of(progress.cache)
     for path, param in nnx.to_flat_state(params):
         if path[0] != "embedding_VD":  # of which it reads a few rows

@@ -41,7 +41,8 @@ class Price(NamedTuple):
     compiled: Cost
     """By the compiler: arithmetic, memory traffic and its estimate of the time."""
     surplus: Cost
-    """Of that, what stands for rows of the experts' buffers that are not in use."""
+    """Of that, what stands for rows of the experts' buffers that are not in use, and for experts
+    that no row visits."""
     unpriced: Cost
     """What the compiler prices as nothing."""
     interconnect_seconds: float
@@ -120,13 +121,18 @@ def price_of_layers(
 
 
 def price_of(
-    compiled: jax.stages.Compiled, mesh: jax.sharding.Mesh, target: topology.Slice, share: float
+    compiled: jax.stages.Compiled,
+    mesh: jax.sharding.Mesh,
+    target: topology.Slice,
+    share: float,
+    visited: float | None = None,
 ) -> Price:
     """What one device does in a program.
 
     Args:
       compiled: with PRICED_WITH.
       share: of the rows of the experts' buffers, those in use.
+      visited: as for custom_calls.surplus.
     """
     costs, text = compiled.cost_analysis(), compiled.as_text()
     found, calls = read_collectives(text, mesh.size), read_calls(text)
@@ -137,7 +143,7 @@ def price_of(
     seconds = costs["optimal_seconds"] + missing_seconds(text)
     return Price(
         Cost(costs["flops"], costs["bytes accessed"], seconds),
-        surplus(calls, share, target.chip),
+        surplus(calls, share, target.chip, visited),
         unpriced(calls, target.chip.peak_flops),
         sum(one.seconds(target, mesh.devices.flat) for one in found),
         {kind: {"count": counts[kind], "bytes": sent[kind]} for kind in counts},

@@ -97,6 +97,16 @@ def test_surplus_of_grouped_products_alone():
     assert found.seconds == pytest.approx(0.75 * (90 / 2350e9 + 900 / 2350e9))
 
 
+def test_few_rows_read_once_the_matrices_of_the_experts_that_they_visit():
+    (call, *_) = custom_calls.read_calls(PROGRAM)
+    assert call.matrices == 2 * 4 * 256 * 384
+    call = call._replace(bytes=call.matrices + 100)
+    found = custom_calls.surplus([call], 0.5, CHIPS["v5p"], visited=0.25)
+    assert found.flops == 400
+    assert found.bytes == 50 + 0.75 * call.matrices
+    assert found.seconds == pytest.approx(found.bytes / 2350e9)
+
+
 @pytest.mark.parametrize(
     ("kind", "fused", "products"),
     [("fwd", True, 2), ("dkv", True, 5), ("dkv", False, 4), ("dq", False, 3)],
