@@ -107,12 +107,14 @@ def few_rows(
     """SwiGLU of rows sorted by expert, up to FEW: each expert takes all of them, and keeps its own.
 
     For that it reads a matrix once, as it is; a grouped product wants it converted, which writes
-    and reads it in a wider type.
+    and reads it in a wider type. On TPU fewer rows than experts take one expert each.
 
     Returns:
       out_RD in the type of x; rows past sum(group_sizes) are zeros.
     """
     experts, rows = group_sizes_E.shape[0], x_RD.shape[0]
+    if platform() == "tpu" and rows < experts:
+        return _row_by_row(x_RD, (gate_EFD, up_EFD, down_EDF), group_sizes_E)
     place_ER = jnp.arange(rows, dtype=jnp.int32)[None] - starts(group_sizes_E)[:, None]
     mine_ER = (place_ER >= 0) & (place_ER < group_sizes_E[:, None])
 
@@ -125,6 +127,25 @@ def few_rows(
     out_ERD = jnp.einsum("REF,EDF->ERD", hidden_REF, values_EDF, preferred_element_type=jnp.float32)
     out_ERD = (out_ERD * down_EDF.scale[:, None]).astype(x_RD.dtype)
     return jnp.where(mine_ER[..., None], out_ERD, 0).sum(axis=0)
+
+
+def _row_by_row(x_RD, matrices: tuple[Int8, ...], group_sizes_E):
+    """few_rows, where each row reads the matrices of its expert, and no others are read."""
+    experts, rows = group_sizes_E.shape[0], x_RD.shape[0]
+    ends_E = jnp.cumsum(group_sizes_E)
+    expert_R = (jnp.arange(rows)[:, None] >= ends_E[None]).sum(axis=1)
+
+    def of_row(row):
+        gate_FD, up_FD, down_DF = (
+            Int8(*(lax.dynamic_index_in_dim(a, expert_R[row], keepdims=False) for a in w))
+            for w in matrices
+        )
+        hidden_RF = jax.nn.silu(product(x_RD, gate_FD)) * product(x_RD, up_FD)
+        here_R = (jnp.arange(rows) == row) & (expert_R < experts)
+        return jnp.where(here_R[:, None], product(hidden_RF, down_DF), 0)
+
+    # No loop: the compiler counts the body of one once (analysis/prices.py).
+    return sum(of_row(row) for row in range(rows))
 
 
 def _blocks(x_RD, values_FD):

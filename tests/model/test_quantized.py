@@ -99,6 +99,22 @@ def test_few_rows_see_nothing_of_other_experts():
     assert not wanted[6].any()  # the row of no expert
 
 
+def test_fewer_rows_than_experts_read_their_own_alone(monkeypatch):
+    """On TPU: rows of the third and of the fifth expert of six, and one of none."""
+    rng = np.random.default_rng(4)
+    into, out_of = (6, 16, 8), (6, 8, 16)
+    weights = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in (into, into, out_of)]
+    gate, up, down = (quantize(w, (2,)) for w in weights)
+    arguments = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32), gate, up, down
+    sizes_E = jnp.array([0, 0, 2, 0, 1, 0])
+    wanted = int8.few_rows(*arguments, sizes_E)
+    monkeypatch.setattr(int8, "platform", lambda: "tpu")
+    oracle.close(int8.few_rows(*arguments, sizes_E), wanted, rel=1e-6)
+    program = jax.jit(int8.few_rows).lower(*arguments, sizes_E).as_text()
+    assert "tensor<1x16x8xi8>" in program, "the matrix of one expert"
+    assert "tensor<96x8xi8>" not in program, "those of all, as one"
+
+
 @pytest.mark.parametrize("sizes", MESHES, ids=describe)
 def test_each_value_is_the_nearest(sizes):
     mesh = sharding.make_mesh(*sizes)
