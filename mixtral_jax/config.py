@@ -85,8 +85,8 @@ class ModelConfig:
     """Rows that a device has room to receive, over those that balanced experts would send it; what
     does not fit is dropped and counted. Empty is room for the worst case: nothing is dropped."""
     attention: str = ""
-    """In training and of prompts: xla, splash (TPU), cudnn (GPU) or chunks (CPU); empty means the
-    best."""
+    """Where there is no cache, as in training: xla, splash (TPU), cudnn (GPU) or chunks (CPU);
+    empty means the best."""
     grouped_matmul: str = ""
     """The experts' products: megablox (TPU), hopper (H100, H200), ragged_dot or blocks; empty means
     the best."""

@@ -75,13 +75,17 @@ def check_kernels(kernels: dict[str, str], priced: bool) -> None:
     """Refuse, where programs are priced, those whose loops the compiler would count once.
 
     Raises:
-      InputError: for attention by chunks.
+      InputError: for attention by chunks, or experts by blocks.
     """
-    if priced and kernels["attention"] == "chunks":
-        raise InputError(
-            "model.attention=chunks is a loop, of which the TPU's compiler would count one turn: "
-            "with --compile-only leave it empty, or use xla"
-        )
+    for name, loop, instead in (
+        ("attention", "chunks", "xla"),
+        ("grouped_matmul", "blocks", "ragged_dot"),
+    ):
+        if priced and kernels[name] == loop:
+            raise InputError(
+                f"model.{name}={loop} is a loop, of which the TPU's compiler would count one turn: "
+                f"with --compile-only leave it empty, or use {instead}"
+            )
 
 
 def _estimates(priced: Price, report: dict[str, Any], target: topology.Slice) -> dict[str, Any]:

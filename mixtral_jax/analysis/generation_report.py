@@ -64,16 +64,32 @@ class Batch(NamedTuple):
 def read_config(path: str, overrides: Sequence[str]) -> Config:
     """The model and the mesh of a YAML config, whatever it says of training and data.
 
+    `model.grouped_matmul` is that of the overrides: the config's was chosen for training.
+
     Raises:
       InputError: with one line that names the value and what was expected.
     """
+    given = config_io.apply_overrides({}, overrides).get("model", {})
+    if "attention" in given:
+        raise InputError(
+            f"model.attention={given['attention']} does not matter when sampling, which attends to "
+            "a cache: leave it out"
+        )
     values = config_io.apply_overrides(config_io.read_yaml(path), overrides)
     values = config_io.with_sizes(values, folders.training_sizes)
     devices = config_io.section_from_dict("mesh", values.get("mesh")).size
     training = {"sequence_length": 1, "batch_size": devices}  # that splits over any mesh
     shown = {name: values.get(name) for name in ("model", "mesh")}
     # Of the other sections only the names are looked at.
-    return config_io.from_dict({**dict.fromkeys(values), **shown, "training": training})
+    config = config_io.from_dict({**dict.fromkeys(values), **shown, "training": training})
+    if "grouped_matmul" in given:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, grouped_matmul=""))
+
+
+def _served(model: ModelConfig) -> ModelConfig:
+    """The model as it is sampled, with the grouped product that was asked for."""
+    return dataclasses.replace(model.dropless(), grouped_matmul=model.grouped_matmul)
 
 
 class Program(NamedTuple):
@@ -152,7 +168,7 @@ def generation_report(
       InputError: for a slice, mesh or batch that cannot be, or if its compiler is not installed.
     """
     target = topology.get_target(name, slices)
-    mesh, model = topology.make_mesh(config.mesh, target), config.model.dropless()
+    mesh, model = topology.make_mesh(config.mesh, target), _served(config.model)
     _check(config, batch)
     with jax.set_mesh(mesh):
         check_kernels(chosen_kernels(model, batch.sequences, batch.length), target.priced)
@@ -191,7 +207,7 @@ def price_of(
     whole: bool,
 ) -> prices.Price:
     """The price of one run of `prefill` or of `decode`."""
-    model = config.model.dropless()
+    model = _served(config.model)
     tokens = batch.sequences // config.mesh.batch_shards
     if kind == "prefill":
         tokens = batch.lanes(config.mesh.batch_shards) * batch.length

@@ -36,6 +36,7 @@ from mixtral_jax.generation.results import Answer
 from mixtral_jax.generation.rows import capacity_for
 from mixtral_jax.interop.folders import recognise
 from mixtral_jax.interop.models import open_checkpoint
+from mixtral_jax.kernels import platform
 from mixtral_jax.model.mixtral import chosen_kernels
 
 MOST_ROWS = 64
@@ -282,7 +283,11 @@ def deploy(checkpoint: str | pathlib.Path, deployment: Deployment) -> Deployed:
     mesh = sharding.mesh_from_config(deployment.mesh)
     with jax.set_mesh(mesh):
         chosen_kernels(config, sharding.batch_shards(), 1)  # refuses what cannot run here
-
+        if config.grouped_matmul and platform() == "cpu":
+            raise InputError(
+                f"model.grouped_matmul={config.grouped_matmul} does not matter on cpu, where "
+                "sampling has each expert's matrices apart: leave it out"
+            )
     start_up.end("checkpoint and devices")
 
     def start(serving: Serving) -> Engine:
@@ -315,7 +320,8 @@ def model_config(trained: ModelConfig, deployment: Deployment) -> ModelConfig:
     Raises:
       InputError: if a size does not split over the deployment's mesh.
     """
-    config = dataclasses.replace(trained.dropless(), exchange=deployment.exchange)
+    kernels = {"exchange": deployment.exchange, "grouped_matmul": deployment.grouped_matmul}
+    config = dataclasses.replace(trained.dropless(), **kernels)
     if deployment.compute_dtype is not None:
         config = dataclasses.replace(config, compute_dtype=deployment.compute_dtype)
     check_mesh(config, deployment.mesh)

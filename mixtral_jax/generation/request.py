@@ -307,6 +307,8 @@ class Deployment:
     """Empty is the platform's best."""
     compute_dtype: str | None = None
     """Empty is the platform's best; None is the checkpoint's."""
+    grouped_matmul: str = ""
+    """Empty is the platform's best; not on CPU, where each expert's matrices lie apart."""
 
 
 def deployment_from_overrides(overrides: Sequence[str]) -> Deployment:
@@ -316,7 +318,7 @@ def deployment_from_overrides(overrides: Sequence[str]) -> Deployment:
       InputError: for any key that sampling has no use for, naming those it has; or a wrong type.
     """
     axes = [f.name for f in dataclasses.fields(MeshConfig)]
-    model_keys = ["exchange", "compute_dtype"]
+    model_keys = ["exchange", "compute_dtype", "grouped_matmul"]
     allowed = [*(f"mesh.{axis}" for axis in axes), *(f"model.{key}" for key in model_keys)]
     values: dict[str, dict[str, Any]] = config_io.apply_overrides({}, overrides)
     for section, keys in values.items():

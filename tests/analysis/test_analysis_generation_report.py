@@ -11,6 +11,8 @@ from mixtral_jax import sharding
 from mixtral_jax.analysis import generation_report
 from mixtral_jax.analysis.memory import bytes_of
 
+TINY = ["--compile-only", "v5e:1x1", "--prompt-length", "9", "--max-new-tokens", "3"]
+
 
 @pytest.fixture
 def config_file(tmp_path):
@@ -80,6 +82,17 @@ def test_a_cache_in_int8(config_file):
     assert cache(cache_dtype="int8") / cache() == (6 + 4) / (6 * 4)  # values and a scale
 
 
+def test_the_grouped_product_of_training_is_passed_over(config_file):
+    trained = config_file.with_name("trained.yaml")
+    trained.write_text(
+        config_file.read_text().replace("grouped_matmul: ''", "grouped_matmul: hopper")
+    )
+    assert "hopper" in trained.read_text()
+    for overrides, expected in (([], ""), (["model.grouped_matmul=blocks"], "blocks")):
+        config = generation_report.read_config(str(trained), overrides)
+        assert config.model.grouped_matmul == expected
+
+
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize(
     ("flags", "message"),
@@ -92,6 +105,15 @@ def test_a_cache_in_int8(config_file):
             ["--compile-only", "v5e:2x2", "mesh.fsdp=4", "--sequences", "3"],
             "--sequences 3 do not split over mesh.data * mesh.fsdp * mesh.expert = 4",
         ),
+        (
+            [*TINY, "model.grouped_matmul=hopper"],
+            "model.grouped_matmul=hopper does not run on tpu",
+        ),
+        (
+            [*TINY, "model.attention=xla"],
+            "model.attention=xla does not matter",
+        ),
+        ([*TINY, "model.grouped_matmul=blocks"], "model.grouped_matmul=blocks is a loop"),
         ([], "--compile-only SLICE and --config FILE belong together"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -267,11 +267,16 @@ def test_arguments_reach_the_command(monkeypatch):
 
 
 def test_sampling_forgets_how_training_was_placed():
-    trained = dataclasses.replace(MODEL, exchange="local", capacity_factor=1.0, remat="full")
+    training = {"exchange": "local", "capacity_factor": 1.0, "remat": "full"}
+    trained = dataclasses.replace(MODEL, **training, grouped_matmul="megablox", attention="xla")
     config = command.model_config(trained, Deployment(MeshConfig(expert=4)))
     assert config == MODEL
     config = command.model_config(trained, Deployment(exchange="padded", compute_dtype="bfloat16"))
     assert (config.exchange, config.compute_dtype) == ("padded", "bfloat16")
+    assert (
+        command.model_config(trained, Deployment(grouped_matmul="blocks")).grouped_matmul
+        == "blocks"
+    )
 
 
 BAD = {
@@ -287,6 +292,7 @@ BAD = {
     "devices": (["--prompt", "a", *GREEDY, "mesh.data=16"], "needs 16 devices, .* has 8"),
     "size": (["--prompt", "a", *GREEDY, "mesh.expert=3"], "mesh.expert=3 does not divide"),
     "exchange": (["--prompt", "a", *GREEDY, "model.exchange=ragged"], "ragged does not run on cpu"),
+    "kernel": (["--prompt", "a", *GREEDY, "model.grouped_matmul=blocks"], "not matter on cpu"),
     "bias": (["--prompt", "a", "--logit-bias", "3"], "--logit-bias 3 must look like ID=VALUE"),
     "biased": (["--prompt", "a", "--logit-bias", "999=1", *GREEDY], "999 is not in 0..299"),
     "part": (["--prompt", "a", "--part", "100"], "part=100 must be a power of two"),

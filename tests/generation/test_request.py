@@ -256,12 +256,16 @@ def test_overrides_place_the_model():
     expected = Deployment(MeshConfig(expert=4, tensor=2), "padded", "")
     assert deployment_from_overrides(texts) == expected
     assert deployment_from_overrides(["model.compute_dtype=bfloat16"]).compute_dtype == "bfloat16"
+    assert deployment_from_overrides(["model.grouped_matmul=blocks"]).grouped_matmul == "blocks"
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("training.steps=3", r"training.steps cannot be set .* mesh.fsdp, .* model.compute_dtype$"),
+        (
+            "training.steps=3",
+            r"training.steps cannot be set .* mesh.fsdp, .* model.grouped_matmul$",
+        ),
         ("model.capacity_factor=1", "model.capacity_factor cannot be set"),
         ("mesh.exprt=2", "mesh.exprt cannot be set"),
         ("mesh.expert=four", "mesh.expert='four' must be a whole number"),
