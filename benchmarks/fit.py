@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from functools import partial
 
+import jax
 import measure
 
 from mixtral_jax import config_io
@@ -19,6 +20,7 @@ from mixtral_jax.analysis import generation_report
 from mixtral_jax.analysis import topology as topologies
 from mixtral_jax.analysis.memory import bytes_of, memory_of
 from mixtral_jax.config import MeshConfig, check_mesh
+from mixtral_jax.model.mixtral import chosen_kernels
 from mixtral_jax.model.unstacked import whole_fits
 
 GIB = 2**30
@@ -54,6 +56,8 @@ def fit(
 
     began = time.perf_counter()
     asked = generation_report.Batch(batch, context // 2, context - context // 2)
+    with jax.set_mesh(mesh):
+        kernels = chosen_kernels(config, batch, asked.length)
     whole = whole_fits(generation_report.shapes_of(config, asked), mesh, target.limit)
     both = generation_report.two_programs(config, mesh, asked, whole)
     found = {
@@ -66,7 +70,7 @@ def fit(
         "model": model,
         "topology": topology,
         "mesh": mesh_sizes,
-        "exchange": exchange or "ragged",
+        "exchange": kernels["exchange"],
         "batch": batch,
         "context": context,
         "weights_gib": round(bytes_of(params) / GIB, 2),
