@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     model = initialize(config, jax.random.key(0), sharding.make_mesh())
     engine = Engine(model, rows=others + 1, part=arguments.part)
     engine.warm_up()
-    row = bytes_of_row(config, places(engine.capacity), compute_dtype(config))
+    row = bytes_of_row(config, places(engine.context), compute_dtype(config))
     parts = -(-prompt // arguments.part)
     new = min(parts + 50, prompt - 7)  # the others' answers, which outlast the prompt
     short = [Request((1, 2 + i, 3, 4), Options(new, temperature=0.0)) for i in range(others)]

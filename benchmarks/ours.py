@@ -81,7 +81,7 @@ class Decoding:
         if asked not in self._engines:
             # All prompts before the first step.
             part = max(16, 1 << (batch * prompt - 1).bit_length())
-            sizes = {"rows": batch, "capacity": prompt + new, "part": part}
+            sizes = {"rows": batch, "context": prompt + new, "part": part}
             self._engines[asked] = Engine(self._model, **sizes, **self._options)
         options = Options(max_new_tokens=new, temperature=0.0)
         self._turns += 1  # no prompt comes twice: its cache would be there

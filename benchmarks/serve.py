@@ -6,7 +6,7 @@ Requests of mixed lengths (prompts of 8 to 100 tokens after BOS, answers of 16 t
 random weights: all given to one engine of --rows rows; and each given when the one before it has
 ended, to an engine of one row. Then the same requests behind a system prompt of --prefix tokens;
 one after another with what the row holds of it used again, and with all of it computed each time.
-The capacity of an engine is what its requests need. All on one device; overrides such as
+The context of an engine is what its requests need. All on one device; overrides such as
 mesh.data=2 are for all at once alone.
 
 After a warm-up that compiles everything, all take turns, with other tokens in each and nothing held
@@ -33,7 +33,7 @@ from mixtral_jax.config import Config, ModelConfig
 from mixtral_jax.generation.engine import Engine
 from mixtral_jax.generation.request import Options, Request, Serving, check_request
 from mixtral_jax.generation.results import Answer
-from mixtral_jax.generation.rows import capacity_for
+from mixtral_jax.generation.rows import context_for
 from mixtral_jax.model.mixtral import initialize
 
 
@@ -59,7 +59,7 @@ def requests_of(count: int, vocabulary: int, prefix: int = 0, seed: int = 0) -> 
     return made
 
 
-def capacity_of(asked: list[Request], config: ModelConfig) -> int:
+def context_of(asked: list[Request], config: ModelConfig) -> int:
     """Of the engine that answers these requests.
 
     Raises:
@@ -70,9 +70,9 @@ def capacity_of(asked: list[Request], config: ModelConfig) -> int:
         return len(request.tokens) + request.options.max_new_tokens
 
     longest = max(asked, key=tokens)
-    context = config.max_position_embeddings
-    check_request(longest, config.vocab_size, context, "the longest request")
-    return capacity_for(tokens(longest))
+    most = config.max_position_embeddings
+    check_request(longest, config.vocab_size, most, "the longest request")
+    return context_for(tokens(longest))
 
 
 # ---- ways to answer ----------------------------------------------------------------------------
@@ -101,8 +101,8 @@ def contestants(config: Config, arguments: argparse.Namespace) -> dict[str, Cont
     """All that take part, in the order of their turns, warmed up."""
     sizes = config.model.dropless()
     prefixes = {"": 0, ", shared prefix": arguments.prefix}
-    capacities = {
-        behind: capacity_of(requests_of(arguments.requests, sizes.vocab_size, prefix), sizes)
+    contexts = {
+        behind: context_of(requests_of(arguments.requests, sizes.vocab_size, prefix), sizes)
         for behind, prefix in prefixes.items()
     }
     sharding.start(config.mesh)
@@ -111,7 +111,7 @@ def contestants(config: Config, arguments: argparse.Namespace) -> dict[str, Cont
     on_one = model if mesh.size == 1 else initialize(sizes, key, sharding.make_mesh())
     made = {}
     for behind, prefix in prefixes.items():
-        needs = {"capacity": capacities[behind], "part": arguments.part}
+        needs = {"context": contexts[behind], "part": arguments.part}
         together = Engine(model, rows=arguments.rows, **needs)
         alone = Engine(on_one, rows=1, **needs)
         for engine in together, alone:

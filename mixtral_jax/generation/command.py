@@ -33,7 +33,7 @@ from mixtral_jax.generation.output import (
 from mixtral_jax.generation.prompts import Asked
 from mixtral_jax.generation.request import Deployment, Request, Serving, check_request
 from mixtral_jax.generation.results import Answer
-from mixtral_jax.generation.rows import capacity_for
+from mixtral_jax.generation.rows import context_for
 from mixtral_jax.interop.folders import recognise
 from mixtral_jax.interop.models import open_checkpoint
 from mixtral_jax.kernels import platform
@@ -145,7 +145,7 @@ def sized(serving: Serving, requests: Sequence[Request]) -> Serving:
         rows = min(MOST_ROWS, 1 << (answers - 1).bit_length())
     if context is None:
         longest = max(len(r.tokens) + r.options.max_new_tokens for r in requests)
-        context = capacity_for(longest)
+        context = context_for(longest)
     return dataclasses.replace(serving, rows=rows, context=context)
 
 
@@ -295,7 +295,7 @@ def deploy(checkpoint: str | pathlib.Path, deployment: Deployment) -> Deployed:
             found.load(config, mesh, serving.weights == "int8"),
             tokenizer,
             rows=serving.rows,
-            capacity=serving.context,
+            context=serving.context,
             part=serving.part,
             cache_dtype=serving.cache_dtype,
             consume=True,

@@ -71,7 +71,7 @@ class Engine:
         *,
         eos_id: int | None = None,
         rows: int | None = None,
-        capacity: int | None = None,
+        context: int | None = None,
         part: int = PART,
         cache_dtype: str | None = None,
         consume: bool = False,
@@ -81,8 +81,7 @@ class Engine:
           eos_id: ends an answer; the tokenizer's by default, and without one nothing does.
           rows: answers in progress at a time; fewer where memory does not hold their cache, and
             rounded up to a multiple of the devices that the batch is split over.
-          capacity: most tokens of a prompt and its answer, up to the model's context, which is the
-            default.
+          context: most tokens of a prompt and its answer, up to the model's, which is the default.
           part: most tokens of a prompt between two decoding steps; a power of two from 16 on.
           cache_dtype: of keys and values: int8, or None for what is computed in.
           consume: on GPU and TPU, whose engine has the layers apart, free the model's own arrays,
@@ -98,7 +97,7 @@ class Engine:
             value = getattr(self.config, name)
             if value is not None:
                 raise ValueError(f"{name}={value} would drop tokens: sampling wants None")
-        Serving(rows, capacity, part, cache_dtype)  # checks them
+        Serving(rows, context, part, cache_dtype)  # checks them
         if tokenizer is not None and tokenizer.vocab_size != self.config.vocab_size:
             raise InputError(
                 f"the tokenizer has {tokenizer.vocab_size} pieces and the model's vocab_size is "
@@ -106,9 +105,9 @@ class Engine:
             )
         self.tokenizer = tokenizer
         self._eos = eos_id if eos_id is not None or tokenizer is None else tokenizer.eos_id
-        context = self.config.max_position_embeddings
-        self.capacity = min(capacity or context, context)
-        mesh, length = model.embedding_VD.get_value().sharding.mesh, places(self.capacity)
+        most = self.config.max_position_embeddings
+        self.context = min(context or most, most)
+        mesh, length = model.embedding_VD.get_value().sharding.mesh, places(self.context)
         with jax.set_mesh(mesh):
             dtype = jnp.dtype(cache_dtype or compute_dtype(self.config))
             shards, here = sharding.batch_shards(), platform()
@@ -135,7 +134,7 @@ class Engine:
         fit = rows_that_fit(size, mesh)
         if fit < shards:
             raise InputError(
-                f"a cache of {shards} rows of {self.capacity} tokens takes "
+                f"a cache of {shards} rows of {self.context} tokens takes "
                 f"{shards * size / 1e9:.3g} GB, which memory does not hold: use a shorter "
                 "context, or cache_dtype=int8"
             )
@@ -183,7 +182,7 @@ class Engine:
                 f"{name}: stop={quote(request.options.stop)} is text, and the engine has no "
                 "tokenizer: use stop_token_ids"
             )
-        check_request(request, self.config.vocab_size, self.capacity, name)
+        check_request(request, self.config.vocab_size, self.context, name)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Answer requests, which are read as rows become free; gives what is made as it comes.

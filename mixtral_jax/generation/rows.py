@@ -87,8 +87,8 @@ def common(written: np.ndarray, prompt: np.ndarray) -> int:
     return int(differ.argmax()) if differ.any() else count
 
 
-def capacity_for(tokens: int) -> int:
-    """The capacity that holds so many tokens and leads to one of few sizes of the cache."""
+def context_for(tokens: int) -> int:
+    """The context that holds so many tokens and leads to one of few sizes of the cache."""
     size = 64
     while size - ROUND < tokens:
         size *= 2

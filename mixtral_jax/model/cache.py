@@ -88,10 +88,10 @@ def spec_of(stacked: bool) -> jax.sharding.PartitionSpec:
     return sharding.spec(*(["layers"] if stacked else []), "batch", "heads")
 
 
-def places(capacity: int) -> int:
+def places(context: int) -> int:
     """Places of a row that holds that many tokens, whatever parts its prompt comes in."""
     block = kernel.BLOCK
-    least = -(-(capacity + ROUND) // ROUND) * ROUND
+    least = -(-(context + ROUND) // ROUND) * ROUND
     return least if least <= block else -(-least // block) * block
 
 

@@ -18,7 +18,7 @@ from mixtral_jax.generation import compiled, scheduler
 from mixtral_jax.generation import engine as engines
 from mixtral_jax.generation.engine import Engine
 from mixtral_jax.generation.request import Options, Request
-from mixtral_jax.generation.rows import capacity_for
+from mixtral_jax.generation.rows import context_for
 from mixtral_jax.generation.sampling import row_keys
 from mixtral_jax.model.mixtral import Mixtral, initialize
 
@@ -358,7 +358,7 @@ def test_nothing_is_compiled_after_warm_up(expected):
 
 def test_capacities_are_few():
     lengths = (1, 48, 49, 112, 113, 1000)
-    assert [capacity_for(n) for n in lengths] == [48, 48, 112, 112, 240, 1008]
+    assert [context_for(n) for n in lengths] == [48, 48, 112, 112, 240, 1008]
 
 
 # ---- mistakes ----------------------------------------------------------------------------------
@@ -526,7 +526,7 @@ def test_a_model_that_drops_tokens_is_refused(name):
     [
         ({"part": 24}, "part=24 must be a power of two"),
         ({"rows": 0}, "rows=0 must be at least 1"),
-        ({"capacity": 0}, "context=0 must be at least 1"),
+        ({"context": 0}, "context=0 must be at least 1"),
         ({"cache_dtype": "int4"}, "cache_dtype='int4' must be int8"),
     ],
     ids=str,
