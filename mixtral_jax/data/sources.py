@@ -30,6 +30,7 @@ from mixtral_jax.data.globs import expand, fixed_folder
 
 FIELD = "text"
 ROW_GROUP_CACHE_BYTES = 256 * 2**20
+OPEN_FILES = 64  # .parquet files; a process may often have 1024 of all kinds
 ENDS = 4096  # bytes of each end of a text that tell it from another of the same size
 
 log = logging.getLogger(__name__)
@@ -284,27 +285,38 @@ class _Parquet:
 
 
 class _RowGroups:
-    """The row groups read last, up to a number of bytes in all."""
+    """The row groups read last, up to a number of bytes in all, and the files read last, open.
+
+    Opening a file parses its footer, which describes all of its row groups.
+    """
 
     def __init__(self, capacity: int):
         self._capacity = capacity
+        self._bytes = 0
         self._columns: collections.OrderedDict[tuple[str, int], pa.ChunkedArray]
         self._columns = collections.OrderedDict()
+        self._files: collections.OrderedDict[str, pq.ParquetFile] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def column(self, path: str, group: int) -> pa.ChunkedArray:
         key = (path, group)
         with self._lock:
             if key not in self._columns:
-                with pq.ParquetFile(path) as file:
-                    self._columns[key] = file.read_row_group(group, columns=[FIELD]).column(FIELD)
+                read = self._file(path).read_row_group(group, columns=[FIELD])
+                self._columns[key] = read.column(FIELD)
+                self._bytes += self._columns[key].nbytes
             self._columns.move_to_end(key)
-            while len(self._columns) > 1 and self._nbytes() > self._capacity:
-                self._columns.popitem(last=False)
+            while len(self._columns) > 1 and self._bytes > self._capacity:
+                self._bytes -= self._columns.popitem(last=False)[1].nbytes
             return self._columns[key]
 
-    def _nbytes(self) -> int:
-        return sum(column.nbytes for column in self._columns.values())
+    def _file(self, path: str) -> pq.ParquetFile:
+        if path not in self._files:
+            self._files[path] = pq.ParquetFile(path)
+        self._files.move_to_end(path)
+        if len(self._files) > OPEN_FILES:
+            self._files.popitem(last=False)[1].close()
+        return self._files[path]
 
 
 _File = _TextFile | _JsonLines | _Parquet

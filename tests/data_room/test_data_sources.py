@@ -163,21 +163,54 @@ def test_parquet(tmp_path, texts, kind, cache, monkeypatch):
     assert report.names == [f"{tmp_path}/b.parquet:2"]
 
 
-@pytest.mark.parametrize(("cache", "wanted"), [(0, [0, 1, 0, 1]), (2**20, [0, 1])])
-def test_parquet_keeps_the_row_groups_that_fit(tmp_path, cache, wanted, monkeypatch):
-    reads = []
-    read = pq.ParquetFile.read_row_group
+@pytest.fixture
+def parquet_calls(monkeypatch):
+    """What pyarrow was asked to do once sources were open: files opened and closed, groups read."""
+    calls = []
 
-    def spy(self, group, **options):
-        reads.append(group)
-        return read(self, group, **options)
+    class Spy(pq.ParquetFile):
+        def __init__(self, path):
+            calls.append(("open", os.path.basename(path)))
+            super().__init__(path)
+            self.path = path
 
+        def read_row_group(self, group, **options):
+            calls.append(group)
+            return super().read_row_group(group, **options)
+
+        def close(self, force=False):
+            calls.append(("close", os.path.basename(self.path)))
+            super().close(force)
+
+    monkeypatch.setattr(pq, "ParquetFile", Spy)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("cache", "wanted"), [(0, [0, 1, 0, 1, 2, 0, 1]), (40, [0, 1, 2, 0, 1]), (2**20, [0, 1, 2])]
+)
+def test_parquet_keeps_the_row_groups_that_fit(tmp_path, cache, wanted, monkeypatch, parquet_calls):
     monkeypatch.setattr(sources, "ROW_GROUP_CACHE_BYTES", cache)
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", spy)
-    write_parquet(tmp_path / "a.parquet", list("abcdef"), rows=3)
+    write_parquet(tmp_path / "a.parquet", list("abcdefghi"), rows=3)
     documents, _, _ = opened(tmp_path / "*")
-    assert [documents[i] for i in (0, 1, 5, 2, 3, 4)] == list("abfcde")
-    assert reads == wanted
+    parquet_calls.clear()
+    assert [documents[i] for i in (0, 1, 5, 2, 3, 4, 8, 0, 3)] == list("abfcdeiad")
+    assert [call for call in parquet_calls if isinstance(call, int)] == wanted
+
+
+def test_parquet_files_stay_open_up_to_a_number(tmp_path, monkeypatch, parquet_calls):
+    monkeypatch.setattr(sources, "ROW_GROUP_CACHE_BYTES", 0)
+    monkeypatch.setattr(sources, "OPEN_FILES", 2)
+    for name in "abc":
+        write_parquet(tmp_path / f"{name}.parquet", [f"{name}{i}" for i in range(4)], rows=2)
+    documents, _, _ = opened(tmp_path / "*")
+    parquet_calls.clear()
+    read = [documents[i] for i in (0, 2, 4, 1, 9, 3, 6)]
+    assert read == ["a0", "a2", "b0", "a1", "c1", "a3", "b2"]
+    a, b, c = (f"{name}.parquet" for name in "abc")
+    assert [call for call in parquet_calls if not isinstance(call, int)] == [
+        *(("open", a), ("open", b), ("open", c), ("close", b), ("open", b), ("close", c)),
+    ]
 
 
 def test_damaged_parquet_is_named(tmp_path, texts):
