@@ -31,7 +31,8 @@ def empty_batch(rows: int, length: int) -> Batch:
 
 def document_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """BOS, the text, EOS. n + 1 ids hold n pairs: each but the last predicts the next."""
-    return np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], np.int32)
+    parts = (np.array(part, np.int32) for part in tokenizer.encode_parts(text))
+    return np.concatenate([[tokenizer.bos_id], *parts, [tokenizer.eos_id]], dtype=np.int32)
 
 
 def pack(row: Batch, start: int, segment: int, ids: np.ndarray) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import io
+import itertools
 import os
 import pathlib
 import re
@@ -14,10 +16,13 @@ import sentencepiece
 from mixtral_jax.config import Config, InputError
 from mixtral_jax.data.corpus import Corpus
 from mixtral_jax.data.released import released_file
+from mixtral_jax.data.sentencepiece_model import read_model
 from mixtral_jax.files import naming, whole_file
 
 SAMPLE_BYTES = 10_000_000
 SAMPLE_BYTES_A_PIECE = 1000
+PART_CHARACTERS = 10_000  # SentencePiece takes more time and memory a character for long texts
+LONG_CHARACTERS = 10 * PART_CHARACTERS
 LINE_CHARACTERS = 1000  # SentencePiece silently drops lines above 4192 bytes
 
 
@@ -136,11 +141,30 @@ class Tokenizer:
         Raises:
           InputError: if the text holds half a surrogate pair.
         """
+        return [*itertools.chain.from_iterable(self.encode_parts(text))]
+
+    def encode_parts(self, text: str) -> Iterator[list[int]]:
+        """The ids of encode(text), a part of a long text at a time.
+
+        Raises:
+          InputError: as encode.
+        """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"text is not Unicode at character {error.start}") from None
-        return self._processor.encode(text)
+        if len(text) <= LONG_CHARACTERS or not self._newlines_stand_alone:
+            yield self._processor.encode(text)
+            return
+        newline = self._processor.encode("\n")  # with the space before it that begins a text
+        first, *others = _parts(text)
+        yield self._processor.encode(first)
+        for part in others:
+            yield self._processor.encode(f"\n{part}")[len(newline) :]
+
+    @functools.cached_property
+    def _newlines_stand_alone(self) -> bool:
+        return read_model(self.model_bytes).newlines_stand_alone()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; control ids are nothing, and bytes that are no character are U+FFFD each."""
@@ -155,6 +179,15 @@ class Tokenizer:
         if not self._processor.is_byte(int(token)):
             return b""
         return bytes([int(self._processor.id_to_piece(int(token))[1:-1], 16)])
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text cut after newlines, where it has any, into parts of PART_CHARACTERS or more."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + PART_CHARACTERS - 1) + 1 or len(text)
+        yield text[start:end]
+        start = end
 
 
 class StreamDecoder:

@@ -12,9 +12,9 @@ import json
 import re
 from typing import Any
 
+from mixtral_jax.data.sentencepiece_model import PieceType, SentencePieceModel, read_model
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.interop import chat_templates
-from mixtral_jax.interop.sentencepiece_model import PieceType, SentencePieceModel, read_model
 
 SPACE = "\u2581"
 TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"

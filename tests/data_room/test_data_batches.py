@@ -212,8 +212,10 @@ def test_a_document_that_all_lanes_read_is_tokenized_once(
 ):
     (tmp_path / "one.txt").write_text(max(texts, key=len))
     config = make_config(f"{tmp_path}/*.txt", data={"interleave": 3}, sequence_length=5)
-    encoded, encode = [], tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda text: encoded.append(text) or encode(text))
+    encoded, encode = [], tokenizer.encode_parts
+    monkeypatch.setattr(
+        tokenizer, "encode_parts", lambda text: encoded.append(text) or encode(text)
+    )
     first = start(config)
     take(first, 6)
     take(start(config, state=first.state, step=6), 6)

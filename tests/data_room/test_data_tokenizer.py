@@ -1,16 +1,20 @@
 """Encoding, decoding as ids arrive, and making tokenizers."""
 
+import io
 import os
 import re
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixtral_jax.config import InputError
+from mixtral_jax.data import tokenizer as tokenizer_module
 from mixtral_jax.data import train_tokenizer as command
 from mixtral_jax.data.corpus import open_corpus
+from mixtral_jax.data.packing import document_ids
 from mixtral_jax.data.tokenizer import (
     LINE_CHARACTERS,
     StreamDecoder,
@@ -44,6 +48,66 @@ def test_round_trip_of_any_text(tokenizer, text):
 def test_round_trip_of_real_text(tokenizer, texts):
     for text in texts:
         check_round_trip(tokenizer, text)
+
+
+PIECES_OF_TEXT = st.sampled_from(["\n", "\n\n", "\r\n", " ", "  ", "\t", "a", "12", *TRICKY])
+
+
+@pytest.fixture
+def long_texts(monkeypatch):
+    """Texts are long, so that they are encoded in parts, from the second character on."""
+    monkeypatch.setattr(tokenizer_module, "LONG_CHARACTERS", 1)
+    monkeypatch.setattr(tokenizer_module, "PART_CHARACTERS", 3)
+
+
+def check_parts(tokenizer, text):
+    parts = list(tokenizer.encode_parts(text))
+    whole = tokenizer._processor.encode(text)
+    assert [i for part in parts for i in part] == tokenizer.encode(text) == whole
+    ids = document_ids(tokenizer, text)
+    assert (ids.dtype, ids.tolist()) == (np.int32, [tokenizer.bos_id, *whole, tokenizer.eos_id])
+    return len(parts)
+
+
+@settings(deadline=None, max_examples=300)
+@given(text=st.text() | st.lists(PIECES_OF_TEXT | st.text(max_size=3)).map("".join))
+def test_parts_of_a_long_text_have_the_ids_of_the_whole(tokenizer, released, long_texts, text):
+    for one in (tokenizer, *released.values()):
+        check_parts(one, text)
+
+
+def test_a_long_text_is_cut_after_newlines(tokenizer, released, texts, long_texts):
+    text = "\n".join(texts)
+    for one in (tokenizer, *released.values()):
+        assert check_parts(one, text) > 300
+        assert check_parts(one, "no newline " * 9) == 1
+        assert check_parts(one, "\n" * 8) == 3
+    with pytest.raises(InputError, match="not Unicode at character 4"):
+        document_ids(tokenizer, "a\nb\n\ud800")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"user_defined_symbols": ["\n\n"]},
+        {"remove_extra_whitespaces": True},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"treat_whitespace_as_suffix": True},
+        {"byte_fallback": False},
+        {"model_type": "unigram"},
+    ],
+    ids=str,
+)
+def test_a_long_text_is_whole_where_cutting_could_change_ids(texts, long_texts, options):
+    model = io.BytesIO()
+    plain = {"model_type": "bpe", "byte_fallback": True, "remove_extra_whitespaces": False}
+    plain |= {"normalization_rule_name": "identity", "minloglevel": 2, "vocab_size": 400}
+    lines = iter("\n".join(texts).splitlines())
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=model, **plain | options
+    )
+    one = Tokenizer.from_bytes(model.getvalue())
+    assert check_parts(one, " a \n\n  b\n" * 9) == 1
 
 
 def test_half_a_surrogate_pair_is_refused(tokenizer):

@@ -16,10 +16,10 @@ import mixtral_jax
 from mixtral_jax import sharding
 from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.data.chat import encode_chat
+from mixtral_jax.data.sentencepiece_model import PieceType, read_model
 from mixtral_jax.data.tokenizer import Tokenizer, train_tokenizer
 from mixtral_jax.interop.conversion import convert
 from mixtral_jax.interop.folders import Kind
-from mixtral_jax.interop.sentencepiece_model import PieceType, read_model
 from mixtral_jax.interop.tokenizer_json import huggingface_files, merges
 from mixtral_jax.model.mixtral import initialize
 

@@ -45,6 +45,22 @@ class SentencePieceModel(NamedTuple):
     remove_extra_whitespaces: bool
     escape_whitespaces: bool
 
+    def newlines_stand_alone(self) -> bool:
+        """Whether no id on one side of a newline depends on what is on its other side.
+
+        So it is where neighbours are merged and no piece reaches over a newline. But unused pieces
+        are taken apart as their last occurrence was made, a unigram model rounds sums from the
+        start of the text on, and without bytes, unknown characters side by side are one id.
+        """
+        if not self.bpe or not self.byte_fallback or self.whitespace_suffix:
+            return False
+        if self.character_map or self.remove_extra_whitespaces:
+            return False
+        return not any(
+            piece.type is PieceType.UNUSED or ("\n" in piece.text and piece.text != "\n")
+            for piece in self.pieces
+        )
+
 
 def read_model(model_bytes: bytes) -> SentencePieceModel:
     """The fields of a serialised model, which sentencepiece has accepted.
