@@ -41,6 +41,27 @@ def test_temperature_zero_is_greedy_and_takes_the_first_of_equals():
     assert len(np.unique(tokens[:, [2, 5]])) > 5
 
 
+def test_tokens_are_those_of_argmax_and_categorical(monkeypatch):
+    """Which are slow on a CPU: only a row with NaN has argmax asked."""
+    logits = np.random.default_rng(1).normal(size=(120, VOCABULARY)).astype(np.float32)
+    logits[:60] = np.round(logits[:60])  # ties
+    logits[60:90, 3:] = -np.inf
+    keys = row_keys(jnp.arange(120, dtype=jnp.uint32), jnp.arange(120))
+
+    def expected(logits, some):
+        drawn = jax.vmap(jax.random.categorical)(keys, filter_logits(logits, some))
+        return jnp.where(some.temperature_B > 0, drawn, jnp.argmax(logits, axis=1))
+
+    some = parameters([(0.0, 0, 1.0), (0.7, 0, 1.0), (1.4, 9, 0.9)] * 40)
+    for given in (logits, np.where(np.arange(VOCABULARY) > 4, np.nan, logits)):
+        np.testing.assert_array_equal(jax.jit(sample)(keys, given, some), expected(given, some))
+    plain = parameters([(0.0, 0, 1.0), (0.7, 0, 1.0)] * 60)
+    wanted = expected(logits, plain)
+    monkeypatch.delattr(jnp, "argmax")
+    with jax.disable_jit():  # takes one branch
+        np.testing.assert_array_equal(sample(keys, logits, plain), wanted)
+
+
 def draws(logits_V, row, seeds, steps):
     """Tokens drawn from one distribution with many keys, and its probabilities by the reference."""
     count = max(len(seeds), len(steps))
