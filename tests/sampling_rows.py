@@ -29,6 +29,12 @@ def history(prompts, answers):
     return History(jnp.array(count_BV[0]) > 0, jnp.array(count_BV[1], jnp.int32))
 
 
+def changes(bias_BV, forbidden_BV):
+    """What `penalize` takes for a bias, and for tokens that are forbidden where a mask says so."""
+    forbidden_BN = jnp.where(forbidden_BV, jnp.arange(VOCABULARY)[None], VOCABULARY)
+    return bias_BV, (bias_BV != 0).any(axis=1), forbidden_BN
+
+
 def softmax(x):
     e = np.exp(x - x.max())
     return e / e.sum()

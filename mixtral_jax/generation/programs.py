@@ -70,6 +70,8 @@ class Progress(NamedTuple):
     """False before the prompt's end, and after the answer's."""
     history: History
     bias_BV: jax.Array
+    biased_B: jax.Array
+    """Whether a row has another bias than 0."""
 
 
 class Lanes(NamedTuple):
@@ -131,6 +133,7 @@ def empty(model: Mixtral, rows: int, places: int, dtype: jnp.dtype | None = None
         full(False, bool),
         history,
         full(0, jnp.float32, vocabulary),
+        full(False, bool),
     )
 
 
@@ -191,15 +194,17 @@ def decode(graphdef, params, progress: Progress, rows: Rows, alive_B: jax.Array)
 def admit(progress: Progress, row_X, use_X, in_prompt_XV, bias_XV) -> Progress:
     """Set a row's history and bias on each device, where use_X says so."""
 
-    def body(history, bias_BV, row_X, use_X, in_prompt_XV, bias_XV):
+    def body(history, bias_BV, biased_B, row_X, use_X, in_prompt_XV, bias_XV):
         new = History(in_prompt_XV, jnp.zeros_like(history.made_BV[:1]))
         put = partial(_put_row, row_X[0], use_X)
-        return jax.tree.map(put, history, new), put(bias_BV, bias_XV)
+        biased_X = (bias_XV != 0).any(axis=1)
+        return jax.tree.map(put, history, new), put(bias_BV, bias_XV), put(biased_B, biased_X)
 
-    history, bias_BV = _on_each_device(
-        body, progress.history, progress.bias_BV, row_X, use_X, in_prompt_XV, bias_XV
+    history, bias_BV, biased_B = _on_each_device(
+        *(body, progress.history, progress.bias_BV, progress.biased_B),
+        *(row_X, use_X, in_prompt_XV, bias_XV),
     )
-    return progress._replace(history=history, bias_BV=bias_BV)
+    return progress._replace(history=history, bias_BV=bias_BV, biased_B=biased_B)
 
 
 def copy(progress: Progress, source: jax.Array, target: jax.Array) -> Progress:
@@ -266,15 +271,10 @@ def _choose(logits_BV, rows: Rows, progress: Progress, live_B):
     logits_BV = logits_BV.astype(jnp.float32)
     row_B1 = jnp.arange(logits_BV.shape[0])[:, None]
     early_B = progress.made_B < rows.least_B
-
-    def ends():
-        places_BN = jnp.where(rows.ends_BN == NOTHING, vocabulary, rows.ends_BN)
-        ends_BV = jnp.zeros(logits_BV.shape, bool).at[row_B1, places_BN].set(True, mode="drop")
-        return ends_BV & early_B[:, None]
-
-    forbidden_BV = lax.cond(early_B.any(), ends, lambda: jnp.zeros(logits_BV.shape, bool))
+    forbids_BN = early_B[:, None] & (rows.ends_BN != NOTHING)
     changed_BV = penalize(
-        logits_BV, rows.parameters, progress.history, progress.bias_BV, forbidden_BV
+        *(logits_BV, rows.parameters, progress.history, progress.bias_BV),
+        *(progress.biased_B & live_B, jnp.where(forbids_BN, rows.ends_BN, vocabulary)),
     )
     token_B = sample(row_keys(rows.seed_B, progress.made_B), changed_BV, rows.parameters)
 

@@ -1,6 +1,6 @@
 """Logits to tokens: penalties, filters and the draw, each row by its own parameters and key.
 
-    logits_BV = penalize(logits_BV, parameters, history, bias_BV, forbidden_BV)
+    logits_BV = penalize(logits_BV, parameters, history, bias_BV, biased_B, forbidden_BN)
     token_B = sample(row_keys(seed_B, step_B), logits_BV, parameters)
 
 A row's choice depends on nothing but its own logits, parameters, history and key. The order is that
@@ -72,7 +72,8 @@ def penalize(
     parameters: Parameters,
     history: History,
     bias_BV: jax.Array,
-    forbidden_BV: jax.Array,
+    biased_B: jax.Array,
+    forbidden_BN: jax.Array,
 ) -> jax.Array:
     """Logits with the bias added, then the penalties taken off, then -inf for forbidden tokens.
 
@@ -91,23 +92,30 @@ def penalize(
       logits_BV: float32, the model's.
       history: read only if a row has a penalty.
       bias_BV: float32, finite or -inf.
-      forbidden_BV: bool, e.g. the ids that end an answer while it is too short to end.
+      biased_B: bool, false where a row's bias is 0 or need not be added.
+      forbidden_BN: int32, e.g. the ids that end an answer while it is too short to end; V is none.
     """
     p = parameters
-    logits_BV = logits_BV + bias_BV
-
-    def penalized():
-        made_BV = history.made_BV > 0
-        r_BV = jnp.where(history.in_prompt_BV | made_BV, p.repetition_B[:, None], 1)
-        less_BV = jnp.where(logits_BV > 0, logits_BV / r_BV, logits_BV * r_BV)
-        less_BV = less_BV - jnp.where(made_BV, p.presence_B[:, None], 0)
-        return less_BV - p.frequency_B[:, None] * history.made_BV
-
     used_B = (p.repetition_B != 1) | (p.presence_B != 0) | (p.frequency_B != 0)
-    logits_BV = jax.lax.cond(used_B.any(), penalized, lambda: logits_BV)
-    allowed_BV = jnp.where(forbidden_BV, -jnp.inf, logits_BV)
-    some_B1 = (allowed_BV > -jnp.inf).any(axis=-1, keepdims=True)
-    return jnp.where(some_B1, allowed_BV, logits_BV)
+    forbids_B = (forbidden_BN < logits_BV.shape[1]).any(axis=1)
+
+    def changed():
+        biased_BV = logits_BV + bias_BV
+
+        def penalized():
+            made_BV = history.made_BV > 0
+            r_BV = jnp.where(history.in_prompt_BV | made_BV, p.repetition_B[:, None], 1)
+            less_BV = jnp.where(biased_BV > 0, biased_BV / r_BV, biased_BV * r_BV)
+            less_BV = less_BV - jnp.where(made_BV, p.presence_B[:, None], 0)
+            return less_BV - p.frequency_B[:, None] * history.made_BV
+
+        less_BV = jax.lax.cond(used_B.any(), penalized, lambda: biased_BV)
+        row_B1 = jnp.arange(less_BV.shape[0])[:, None]
+        allowed_BV = less_BV.at[row_B1, forbidden_BN].set(-jnp.inf, mode="drop")
+        some_B1 = (allowed_BV > -jnp.inf).any(axis=-1, keepdims=True)
+        return jnp.where(some_B1, allowed_BV, less_BV)
+
+    return jax.lax.cond((used_B | biased_B | forbids_B).any(), changed, lambda: logits_BV)
 
 
 def filter_logits(logits_BV: jax.Array, parameters: Parameters) -> jax.Array:

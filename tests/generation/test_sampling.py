@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sampling_rows import (
     PLAIN,
     VOCABULARY,
+    changes,
     history,
     parameters,
     penalized,
@@ -104,7 +105,7 @@ def test_each_row_of_a_mixed_batch_is_drawn_by_its_own_penalties_and_filters():
     random = np.random.default_rng(8)
     logits_BV, bias_BV = random.normal(size=(2, 5, VOCABULARY)).astype(np.float32)
     forbidden_BV = random.random((5, VOCABULARY)) < 0.2
-    given_rows = (parameters(rows), history(prompts, answers), bias_BV, forbidden_BV)
+    given_rows = (parameters(rows), history(prompts, answers), *changes(bias_BV, forbidden_BV))
 
     def draw(step):
         keys = row_keys(jnp.arange(5, dtype=jnp.uint32), jnp.broadcast_to(step, 5))
@@ -162,7 +163,8 @@ def test_penalties_do_not_cross_rows():
     def out(pick):
         some, seen = parameters([rows[i] for i in pick]), jax.tree.map(np.array, history(*tokens))
         seen = History(*(array[pick] for array in seen))
-        made = jax.jit(penalize)(logits_BV[pick], some, seen, bias_BV[pick], forbidden_BV[pick])
+        asked = changes(bias_BV[pick], forbidden_BV[pick])
+        made = jax.jit(penalize)(logits_BV[pick], some, seen, *asked)
         chances = log_probabilities(jnp.asarray(logits_BV[pick]), jnp.full(len(pick), 4), 3)
         return [np.asarray(a) for a in (made, jax.jit(filter_logits)(made, some), *chances)]
 
@@ -180,8 +182,8 @@ def test_rows_split_over_devices_are_sampled_as_on_one():
     tokens = random.integers(0, VOCABULARY, (2, 8, 6)).tolist()
 
     def body(logits_BV, some, seen, seed_B):
-        bias_BV, forbidden_BV = jnp.zeros_like(logits_BV), logits_BV > 2
-        made_BV = penalize(logits_BV, some, seen, bias_BV, forbidden_BV)
+        asked = changes(jnp.zeros_like(logits_BV), logits_BV > 2)
+        made_BV = penalize(logits_BV, some, seen, *asked)
         token_B = sample(row_keys(seed_B, jnp.zeros_like(seed_B)), made_BV, some)
         return token_B, log_probabilities(logits_BV, token_B, 4)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sampling_rows import (
     PLAIN,
     VOCABULARY,
+    changes,
     history,
     parameters,
     penalized,
@@ -101,11 +102,20 @@ def test_a_row_keeps_its_forbidden_tokens_if_nothing_else_is_left():
         jnp.ones((3, VOCABULARY)),
         parameters([PLAIN, penalties(1.5), PLAIN]),
         history([[1, 2]] * 3, [[3]] * 3),
-        jnp.asarray(bias_BV, jnp.float32),
-        jnp.asarray(forbidden_BV),
+        *changes(jnp.asarray(bias_BV, jnp.float32), forbidden_BV),
     )
     kept = np.isfinite(out)
     assert [np.flatnonzero(k).tolist() for k in kept] == [[0, 1, 2], [2], [0, 1, 2]]
+
+
+def test_what_no_row_asks_for_is_not_read():
+    logits_BV = np.random.default_rng(13).normal(size=(3, VOCABULARY)).astype(np.float32)
+    bias_BV, forbidden_BN = np.full_like(logits_BV, np.nan), np.full((3, 2), VOCABULARY)
+    seen = history([[]] * 3, [[]] * 3)
+    out = jax.jit(penalize)(
+        logits_BV, parameters([PLAIN] * 3), seen, bias_BV, np.zeros(3, bool), forbidden_BN
+    )
+    np.testing.assert_array_equal(out, logits_BV)
 
 
 def test_penalties_are_those_of_the_formulas():
@@ -121,8 +131,7 @@ def test_penalties_are_those_of_the_formulas():
         logits_BV,
         parameters(rows),
         history(prompts, answers),
-        bias_BV,
-        np.zeros_like(bias_BV, bool),
+        *changes(bias_BV, np.zeros_like(bias_BV, bool)),
     )
     biased_BV = logits_BV.astype(np.float64) + bias_BV
     expected_BV = list(map(penalized, biased_BV, rows, prompts, answers))
@@ -219,7 +228,8 @@ def test_penalties_and_filters_are_those_of_transformers(seed, spread, ties, fea
         cases.append((row, prompt, answer, bias, ends, least))
     rows, prompts, answers, *_ = zip(*cases, strict=True)
     some = parameters(rows)
-    made_BV = jax.jit(penalize)(logits_BV, some, history(prompts, answers), bias_BV, forbidden_BV)
+    seen, asked = history(prompts, answers), changes(bias_BV, forbidden_BV)
+    made_BV = jax.jit(penalize)(logits_BV, some, seen, *asked)
     got_BV = np.asarray(jax.nn.softmax(jax.jit(filter_logits)(made_BV, some)))
     for logits_V, made_V, got_V, (row, *rest) in zip(
         logits_BV, made_BV, got_BV, cases, strict=True
