@@ -172,10 +172,10 @@ def _attention_flops(config: Config, sizes: Sizes) -> float:
     model, length = config.model, config.training.sequence_length
     share, products = 1.0, 6 + 2 * (model.remat != "none")
     if not holds_scores(config):
-        blocks = length / next(block for block in splash.BLOCKS if length % block == 0)
-        share = (blocks + 1) / (2 * blocks)
+        size, count = cut = splash.blocks(length)
+        share = (count + 1) / (2 * count) * (count * size / length) ** 2
         kept = splash.KEPT in KEPT.get(model.remat, EVERYTHING)
-        products = 7 + 2 * (not kept)
+        products = (7 if cut.fused else 9) + 2 * (not kept)
     heads = model.num_attention_heads * sizes.heads
     one = 2 * sizes.tokens * length * share * heads * model.head_size
     return model.num_hidden_layers * products * one

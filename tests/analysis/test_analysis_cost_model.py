@@ -87,6 +87,13 @@ def test_scores_that_no_kernel_hides_take_memory_and_time(remat, again, kept):
     assert found.bytes["working"] == 1.5 * 4 * 16 * 15000**2
 
 
+def test_long_sequences_are_padded_and_their_backward_pass_makes_scores_twice():
+    config = make_config({}, 1, 16256, remat="matmuls")
+    one = 32 * 2 * 16384 * 16384 * 4096
+    found = cost_model._attention_flops(config, cost_model.sizes_of(config))
+    assert found == pytest.approx(9 * one * 17 / 32)
+
+
 def test_bytes_by_hand():
     mesh = {"fsdp": 2, "expert": 2, "tensor": 2}
     config = make_config(mesh, 8, 7, remat="no_up", receive_factor=1.5, **SMALL)

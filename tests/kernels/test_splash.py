@@ -22,9 +22,15 @@ def weighted(q_BLKGH, k_BLKH, v_BLKH, g_BLKGH, allowed_BLS):
     return (oracle.attend(q_BLKGH, k_BLKH, v_BLKH, allowed_BLS) * g_BLKGH).sum()
 
 
-@pytest.mark.parametrize("length", [128, 384])
-def test_values_and_gradients_of_packed_documents(monkeypatch, length):
+@pytest.mark.parametrize(
+    ("length", "blocks", "fused"),
+    [(128, (128,), 8), (384, (128,), 8), (384, (128,), 2), (384, (256, 128), 1)],
+    ids=["one block", "three", "two kernels backward", "and padded"],
+)
+def test_values_and_gradients_of_packed_documents(monkeypatch, length, blocks, fused):
     """Documents that end inside a block, at its edge, and one that is a single token."""
+    monkeypatch.setattr(splash, "BLOCKS", blocks)
+    monkeypatch.setattr(splash, "FUSED", fused)
     rng = np.random.default_rng(length)
     segments_BL = np.stack([packed(length, [1, 50, 128]), packed(length, [length])])
     shapes = (B, length, K, G, H), (B, length, K, H), (B, length, K, H), (B, length, K, G, H)
@@ -38,6 +44,14 @@ def test_values_and_gradients_of_packed_documents(monkeypatch, length):
     wanted = oracle.attend(*arrays64[:3], allowed_BLS)
     gradients = oracle.gradient(weighted, (0, 1, 2))(*arrays64, allowed_BLS)
     oracle.close((out, *pull(g)), (wanted, *gradients), rel=1e-5)
+
+
+def test_blocks_are_few_or_large():
+    lengths = (128, 640, 1152, 4096, 4224, 8192, 16384, 32640)
+    found = [splash.blocks(length) for length in lengths]
+    sizes = [(128, 1), (128, 5), (256, 5), (1024, 4), (1024, 5), (1024, 8), (1024, 16), (1024, 32)]
+    assert found == sizes
+    assert [cut.fused for cut in found] == [True] * 6 + [False] * 2
 
 
 @pytest.mark.parametrize(

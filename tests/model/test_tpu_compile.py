@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from harness import abstract, describe, shapes
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mixtral_jax import sharding
 from mixtral_jax.analysis.prices import compile_step
 from mixtral_jax.config import Config, ModelConfig, TrainingConfig
-from mixtral_jax.kernels import platform
+from mixtral_jax.kernels import platform, splash
 from mixtral_jax.model.mixtral import abstract_state, chosen_kernels
 from mixtral_jax.model.moe import MoE
 from mixtral_jax.training import losses as terms
@@ -120,6 +121,26 @@ def test_loss_and_gradient_of_a_whole_model_compile(devices, sizes):
     kept = sum(a.size * 4 for a in jax.tree.leaves(state))
     arguments = compiled.memory_analysis().argument_size_in_bytes
     assert arguments < kept / 3, "each device holds its part of the weights"
+
+
+def test_memory_of_the_gradient_of_attention_grows_with_the_length(devices):
+    mesh = sharding.make_mesh(fsdp=8, devices=devices)
+    spec = PartitionSpec("fsdp")
+    alone = jax.shard_map(
+        splash.attention, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )
+
+    def temporaries(length):
+        shapes = (8, length, 1, 4, 128), (8, length, 1, 128), (8, length, 1, 128)
+        whole = NamedSharding(mesh, spec)
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=whole) for shape in shapes]
+        segments_BL = jax.ShapeDtypeStruct((8, length), jnp.int32, sharding=whole)
+        gradient = jax.grad(lambda *a: jnp.sum(alone(*a).astype(jnp.float32)), (0, 1, 2))
+        compiled = jax.jit(gradient).lower(*arrays, segments_BL).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # 127 blocks of 128, if nothing were padded.
+    assert temporaries(16256) < 2.5 * temporaries(8192)
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
