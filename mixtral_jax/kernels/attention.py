@@ -4,7 +4,8 @@ Bodies of `self_attention`, which training and prompts want:
   xla     scores as an array; any platform, any shape, any positions.
   splash  JAX's splash attention for TPU: nothing of size L x L is ever held.
   cudnn   cuDNN's for NVIDIA GPUs: scores are never held, a mask of L x L is.
-  chunks  a loop over heads and chunks of queries, for CPU: scores stay in cache.
+  chunks  a loop over heads and chunks of queries, for CPU: scores stay in cache, and those of 256
+          queries at most exist at a time.
 """
 
 from __future__ import annotations
