@@ -180,13 +180,7 @@ def generation_report(
     for kind, program in programs.items():
         found = memory_of(partial(program.compile, mesh), program.arguments, target.limit)
         if found["fits"] and target.priced:
-            found.update(estimates(price_of(kind, config, mesh, target, batch, whole), target))
-            tokens = batch.sequences
-            if kind == "prefill":
-                shards = config.mesh.batch_shards
-                tokens = shards * batch.lanes(shards) * batch.length
-            speed = tokens / target.chips / found["estimated_step_seconds"]
-            found["estimated_tokens_per_second_per_chip"] = speed
+            found.update(_estimates(kind, config, mesh, target, batch, whole))
         report[kind] = found
     read = read_bytes(config, batch, programs["decode"])
     seconds = read / target.chip.hbm_bytes_per_second
@@ -196,6 +190,30 @@ def generation_report(
         "limit_tokens_per_second_per_chip": batch.sequences / target.chips / seconds,
     }
     return report
+
+
+def _estimates(
+    kind: str,
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    target: topology.Slice,
+    batch: Batch,
+    whole: bool,
+) -> dict[str, Any]:
+    """What a report says of a program's price, or why it has none."""
+    try:
+        found = estimates(price_of(kind, config, mesh, target, batch, whole), target)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = "to be priced, scores with the whole cache are made at once, which does not fit"
+        figures = "estimated_step_seconds", "estimated_tokens_per_second_per_chip"
+        return {**dict.fromkeys(figures), "not_estimated": reason}
+    tokens, shards = batch.sequences, config.mesh.batch_shards
+    if kind == "prefill":
+        tokens = shards * batch.lanes(shards) * batch.length
+    speed = tokens / target.chips / found["estimated_step_seconds"]
+    return {**found, "estimated_tokens_per_second_per_chip": speed}
 
 
 def price_of(
@@ -284,7 +302,9 @@ def table(report: dict[str, Any]) -> str:
         rows.append(
             (kind, f"{memory['total'] / gib:,.2f} of {memory['limit'] / gib:,.2f} GiB: {fits}")
         )
-        if "estimated_step_seconds" in found:
+        if "not_estimated" in found:
+            rows.append(("  no estimates", found["not_estimated"]))
+        elif "estimated_step_seconds" in found:
             rows += _estimate_rows(found)
     limit = report["decode"]
     rows += [

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 import yaml
 from tiny import MODEL, make_config
@@ -45,6 +46,27 @@ def test_prefill_and_decode_of_a_tiny_model(config_file, tmp_path, capsys, optim
     assert decode["limit_tokens_per_second_per_chip"] > speed
     assert "limit: tokens/s" in shown
     assert report["weights"] == "int8"
+
+
+@pytest.mark.tpu_compile
+def test_what_is_too_large_to_price_is_not_estimated(config_file, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("libtpu", reason="libtpu is not installed: nothing compiles for TPU here")
+
+    def price_of(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM")
+
+    monkeypatch.setattr(generation_report, "price_of", price_of)
+    file = tmp_path / "report.json"
+    flags = ["--compile-only", "v5e:1x1", "--report", str(file), "--prompt-length", "12"]
+    flags += ["--sequences", "1", "--max-new-tokens", "3"]
+    assert generate.main(["--config", str(config_file), *flags]) == 0
+    report, shown = json.loads(file.read_text()), capsys.readouterr().out
+    for kind in ("prefill", "decode"):
+        assert report[kind]["fits"] is True
+        assert report[kind]["estimated_step_seconds"] is None
+        assert "whole cache" in report[kind]["not_estimated"]
+    assert shown.count("no estimates") == 2
+    assert "limit: tokens/s" in shown
 
 
 def read(config, batch) -> float:
