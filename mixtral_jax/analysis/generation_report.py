@@ -2,7 +2,8 @@
 
 The two programs of generation/programs.py for one batch whose prompts are all of one length, priced
 as a training step is (compile_report.py): parts of prompts on each device that the batch is split
-over, at most --part tokens of each, and a decoding step of all sequences. Beside the estimate of a
+over, at most --part tokens of each, and a decoding step of all sequences. A part is priced as the
+last of its prompt, which attends to the whole cache. Beside the estimate of a
 decoding step stands its limit: the time that reading what it must read takes at the chip's memory
 bandwidth, namely a device's share of the weights, of the experts those that the batch visits if it
 visits them at random, and its share of the cache. Weights and cache may be int8.
@@ -28,7 +29,7 @@ from mixtral_jax.analysis.report_file import check_path, show
 from mixtral_jax.config import Config, InputError, ModelConfig
 from mixtral_jax.generation.engine import PART
 from mixtral_jax.generation.programs import ENDS, Lanes, Rows, empty, functions
-from mixtral_jax.generation.rows import lanes_of, length_of
+from mixtral_jax.generation.rows import context_for, lanes_of, length_of
 from mixtral_jax.generation.sampling import Parameters
 from mixtral_jax.interop import folders, quantizing
 from mixtral_jax.kernels import cached_attention
@@ -121,7 +122,8 @@ def two_programs(
     graphdef, state = nnx.split(in_layers(shapes_of(model, batch), whole=whole))
     params = sharding.placed_shapes(state, mesh)
     rows, lanes, alive = abstract_inputs(mesh, batch)
-    size = places(min(batch.prompt_length + batch.max_new_tokens, model.max_position_embeddings))
+    capacity = context_for(batch.prompt_length + batch.max_new_tokens)
+    size = places(min(capacity, model.max_position_embeddings))
     with jax.set_mesh(mesh):
         shapes = nnx.merge(graphdef, state)
         progress = jax.eval_shape(lambda: empty(shapes, batch.sequences, size, batch.cache_dtype))
@@ -305,7 +307,7 @@ def table(report: dict[str, Any]) -> str:
         if "not_estimated" in found:
             rows.append(("  no estimates", found["not_estimated"]))
         elif "estimated_step_seconds" in found:
-            rows += _estimate_rows(found)
+            rows += _estimate_rows(found, "of the last part" if kind == "prefill" else "")
     limit = report["decode"]
     rows += [
         ("  limit: reading", f"{limit['limit_bytes'] / 1e9:,.4g} GB"),
@@ -315,7 +317,7 @@ def table(report: dict[str, Any]) -> str:
     return aligned(rows)
 
 
-def _estimate_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+def _estimate_rows(found: dict[str, Any], of_what: str) -> list[tuple[str, str]]:
     names = {
         "arithmetic at peak": "arithmetic_seconds",
         "memory traffic at peak": "memory_seconds",
@@ -325,7 +327,8 @@ def _estimate_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         "step, if nothing overlaps": "estimated_step_seconds",
     }
     rows = [(f"  {name}", f"{found[key]:,.4g} s") for name, key in names.items()]
-    return [*rows, ("  tokens/s", f"{found['estimated_tokens_per_second_per_chip']:,.4g}")]
+    speed = f"{found['estimated_tokens_per_second_per_chip']:,.4g}"
+    return [*rows, ("  tokens/s", f"{speed} {of_what}".rstrip())]
 
 
 def run(config: Config, name: str, batch: Batch, path: str, slices: int) -> int:

@@ -13,6 +13,8 @@ from mixtral_jax.model.cache import ROUND
 LEAST_PART = ROUND
 MOST_LANES = 8
 """Prompts that a device runs parts of at a time."""
+STEP = 1024
+"""Places by which large caches differ."""
 COPY = 32
 """Tokens in common from which it pays to copy another row's cache."""
 
@@ -88,10 +90,13 @@ def common(written: np.ndarray, prompt: np.ndarray) -> int:
 
 
 def context_for(tokens: int) -> int:
-    """The context that holds so many tokens and leads to one of few sizes of the cache."""
+    """The context that holds so many tokens and leads to one of few sizes of the cache.
+
+    They are powers of two, and multiples of STEP from there on, as doubling wastes memory.
+    """
     size = 64
     while size - ROUND < tokens:
-        size *= 2
+        size += min(size, STEP)
     return size - ROUND
 
 

@@ -11,6 +11,9 @@ import generate
 from mixtral_jax import sharding
 from mixtral_jax.analysis import generation_report
 from mixtral_jax.analysis.memory import bytes_of
+from mixtral_jax.generation import command
+from mixtral_jax.generation.request import Options, Request, Serving
+from mixtral_jax.model.cache import places
 
 TINY = ["--compile-only", "v5e:1x1", "--prompt-length", "9", "--max-new-tokens", "3"]
 
@@ -45,6 +48,7 @@ def test_prefill_and_decode_of_a_tiny_model(config_file, tmp_path, capsys, optim
     assert prefill["estimated_tokens_per_second_per_chip"] > 3 * speed
     assert decode["limit_tokens_per_second_per_chip"] > speed
     assert "limit: tokens/s" in shown
+    assert shown.count(" of the last part") == 1
     assert report["weights"] == "int8"
 
 
@@ -113,6 +117,16 @@ def test_the_grouped_product_of_training_is_passed_over(config_file):
     for overrides, expected in (([], ""), (["model.grouped_matmul=blocks"], "blocks")):
         config = generation_report.read_config(str(trained), overrides)
         assert config.model.grouped_matmul == expected
+
+
+def test_the_cache_is_as_large_as_the_command_makes_it(config_file):
+    request = Request(tuple(range(9000)), Options(max_new_tokens=300))
+    serving = command.sized(Serving(), [request])
+    longer = ["model.max_position_embeddings=32768"]
+    model = generation_report.read_config(str(config_file), longer).model
+    batch = generation_report.Batch(1, 9000, 300)
+    decode = generation_report.two_programs(model, sharding.make_mesh(), batch, True)["decode"]
+    assert places(serving.context) == jax.tree.leaves(decode.arguments[1].cache)[0].shape[-2]
 
 
 @pytest.mark.tpu_compile

@@ -357,8 +357,9 @@ def test_nothing_is_compiled_after_warm_up(expected):
 
 
 def test_capacities_are_few():
-    lengths = (1, 48, 49, 112, 113, 1000)
-    assert [context_for(n) for n in lengths] == [48, 48, 112, 112, 240, 1008]
+    lengths = (1, 48, 49, 112, 113, 1000, 8177, 17412)
+    found = [context_for(n) for n in lengths]
+    assert found == [48, 48, 112, 112, 240, 1008, 9216 - 16, 18432 - 16]
 
 
 # ---- mistakes ----------------------------------------------------------------------------------
