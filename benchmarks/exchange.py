@@ -37,20 +37,20 @@ def prepare(body: str, tokens: int, experts: int, per_token: int, shards: int, w
     from mixtral_jax import sharding
     from mixtral_jax.kernels import exchange as exchanges
     from mixtral_jax.kernels.rows import take_rows
-    from mixtral_jax.model.moe import dispatch_rows, keep_rows
+    from mixtral_jax.model.moe import lay_out, rank_assignments
 
     exchange = exchanges.make(
         *(body, sharding.EXPERT, shards), tokens=tokens, experts=experts, per_token=per_token
     )
 
     def device(x_TD, ids_TC):
-        ranked = keep_rows(ids_TC, experts, None)
-        plan = exchanges.plan(exchange, ranked.kept_E)
-        rows = dispatch_rows(ids_TC, ranked, plan, exchange.send_rows)
-        sent_SD = take_rows(x_TD, rows.token_S, rows.row_CT)
+        ranked = rank_assignments(ids_TC, experts, None)
+        plan = exchanges.plan(exchange, ranked.wanted_E)
+        dispatch = lay_out(ids_TC, ranked, plan, exchange.send_rows)
+        sent_SD = take_rows(x_TD, dispatch.token_S, dispatch.row_CT)
         received_RD = exchanges.send(exchange, plan, sent_SD)
         returned_SD = exchanges.send_back(exchange, plan, received_RD)
-        return take_rows(returned_SD, rows.row_CT.reshape(-1), rows.assignment_S[None])
+        return take_rows(returned_SD, dispatch.row_CT.reshape(-1), dispatch.assignment_S[None])
 
     mesh = sharding.make_mesh(expert=shards)
     random = np.random.default_rng(0)

@@ -13,7 +13,8 @@ Dimension letters, used as suffixes of array names throughout:
     X devices along the expert axis       M microbatches
     P parts of a sum, or runs of rows     Y lanes of prompts
 
-Lower case is a per-device size where it differs: e = E / X local experts, d and f likewise.
+Lower case is a per-device size where it differs: e = E / X local experts, d and f likewise; within
+kernels, a block or a piece of that dimension. h of rotary angles is H / 2.
 """
 
 from __future__ import annotations

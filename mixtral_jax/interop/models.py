@@ -24,7 +24,7 @@ from mixtral_jax.config import (
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.interop import folders, loading, own, own_arrays, saving
 from mixtral_jax.interop.folders import Kind
-from mixtral_jax.model.int8 import Int8
+from mixtral_jax.model.int8 import Int8Param
 from mixtral_jax.model.mixtral import Block, Mixtral
 from mixtral_jax.model.quantized import quantized
 
@@ -86,7 +86,7 @@ def save_model(
       InputError: if the folder holds something or cannot be written, or a size is below 1.
       ValueError: if the model is in int8 or its layers are in a list, which no format holds.
     """
-    if isinstance(getattr(model, "head_DV", None), Int8):
+    if isinstance(getattr(model, "head_DV", None), Int8Param):
         raise ValueError("the model is in int8, which no format holds: save it before `quantized`")
     if not isinstance(model.layers, Block):
         raise ValueError("the model's layers are in a list: save it before `unstacked`")

@@ -101,7 +101,7 @@ def product(x_RD: jax.Array, w: Int8, dtype=None, implementation: str | None = N
     return (sums_RF * w.scale[None]).astype(dtype or x_RD.dtype)
 
 
-def few_rows(
+def experts(
     x_RD: jax.Array, gate_EFD: Int8, up_EFD: Int8, down_EDF: Int8, group_sizes_E: jax.Array
 ) -> jax.Array:
     """SwiGLU of rows sorted by expert, up to FEW: each expert takes all of them, and keeps its own.
@@ -112,15 +112,15 @@ def few_rows(
     Returns:
       out_RD in the type of x; rows past sum(group_sizes) are zeros.
     """
-    experts, rows = group_sizes_E.shape[0], x_RD.shape[0]
-    if platform() == "tpu" and rows < experts:
+    count, rows = group_sizes_E.shape[0], x_RD.shape[0]
+    if platform() == "tpu" and rows < count:
         return _row_by_row(x_RD, (gate_EFD, up_EFD, down_EDF), group_sizes_E)
     place_ER = jnp.arange(rows, dtype=jnp.int32)[None] - starts(group_sizes_E)[:, None]
     mine_ER = (place_ER >= 0) & (place_ER < group_sizes_E[:, None])
 
     def of_all(w: Int8) -> jax.Array:
         flat = Int8(w.values.reshape(-1, w.values.shape[-1]), w.scale.reshape(-1))
-        return product(x_RD, flat).reshape(rows, experts, -1)
+        return product(x_RD, flat).reshape(rows, count, -1)
 
     hidden_REF = jax.nn.silu(of_all(gate_EFD)) * of_all(up_EFD)
     values_EDF = vary_like(down_EDF.values, x_RD).astype(x_RD.dtype)
@@ -130,8 +130,8 @@ def few_rows(
 
 
 def _row_by_row(x_RD, matrices: tuple[Int8, ...], group_sizes_E):
-    """few_rows, where each row reads the matrices of its expert, and no others are read."""
-    experts, rows = group_sizes_E.shape[0], x_RD.shape[0]
+    """`experts`, where each row reads the matrices of its expert, and no others are read."""
+    count, rows = group_sizes_E.shape[0], x_RD.shape[0]
     ends_E = jnp.cumsum(group_sizes_E)
     expert_R = (jnp.arange(rows)[:, None] >= ends_E[None]).sum(axis=1)
 
@@ -141,7 +141,7 @@ def _row_by_row(x_RD, matrices: tuple[Int8, ...], group_sizes_E):
             for w in matrices
         )
         hidden_RF = jax.nn.silu(product(x_RD, gate_FD)) * product(x_RD, up_FD)
-        here_R = (jnp.arange(rows) == row) & (expert_R < experts)
+        here_R = (jnp.arange(rows) == row) & (expert_R < count)
         return jnp.where(here_R[:, None], product(hidden_RF, down_DF), 0)
 
     # No loop: the compiler counts the body of one once (analysis/prices.py).

@@ -14,8 +14,8 @@ from mixtral_jax import sharding
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels import attention as kernels
 from mixtral_jax.kernels import bits, few_rows, platform
-from mixtral_jax.model.cache import Step
-from mixtral_jax.model.int8 import Int8
+from mixtral_jax.model.cache import CacheUse
+from mixtral_jax.model.int8 import Int8Param
 from mixtral_jax.model.int8 import columns as int8_columns
 from mixtral_jax.model.int8 import out_of_heads as int8_out_of_heads
 from mixtral_jax.model.layers import columns, matrix, product, rotary_angles, rotate
@@ -45,9 +45,9 @@ class Attention(nnx.Module):
         x_BLD: jax.Array,
         positions_BL: jax.Array,
         segments_BL: jax.Array,
-        step: Step | None = None,
-    ) -> tuple[jax.Array, Step | None]:
-        """Attend within each segment, or, given a step with a cache, to all that it holds up to
+        use: CacheUse | None = None,
+    ) -> tuple[jax.Array, CacheUse | None]:
+        """Attend within each segment, or, given a cache, to all that it holds up to
         each position, keys and values of this batch included.
 
         With a cache, each row's positions are consecutive.
@@ -59,12 +59,12 @@ class Attention(nnx.Module):
         q_BLKGH, k_BLKH, v_BLKH = (
             checkpoint_name(a, "attention_qkv") for a in (q_BLKGH, k_BLKH, v_BLKH)
         )
-        if step is None:
+        if use is None:
             out_BLKGH = self._within(q_BLKGH, k_BLKH, v_BLKH, positions_BL, segments_BL)
         else:
-            out_BLKGH, step = step.attend(q_BLKGH, k_BLKH, v_BLKH)
+            out_BLKGH, use = use.attend(q_BLKGH, k_BLKH, v_BLKH)
         out_BLD = _out_of_heads(out_BLKGH, self.wo_KGHD)
-        return checkpoint_name(out_BLD, "attention_out"), step
+        return checkpoint_name(out_BLD, "attention_out"), use
 
     def _within(self, q_BLKGH, k_BLKH, v_BLKH, positions_BL, segments_BL):
         """Attention of the sequences to themselves; kernels see what lies on one device."""
@@ -79,9 +79,9 @@ class Attention(nnx.Module):
         return body(q_BLKGH, k_BLKH, v_BLKH, positions_BL, segments_BL)
 
 
-def _into_heads(x_BLD: jax.Array, *ws: nnx.Param | Int8) -> tuple[jax.Array, ...]:
+def _into_heads(x_BLD: jax.Array, *ws: nnx.Param | Int8Param) -> tuple[jax.Array, ...]:
     """The queries, keys and values: x times matrices [D, K, H] or [D, K, G, H]."""
-    if isinstance(ws[0], Int8):
+    if isinstance(ws[0], Int8Param):
         return tuple(int8_columns(x_BLD, w, "heads") for w in ws)
     ws = [bits.converted(w[...], x_BLD.dtype) for w in ws]
     if _few(x_BLD, *ws):
@@ -98,8 +98,8 @@ def _into_one_kind(x_BLD, w):
     return jnp.einsum({3: "BLD,DKH->BLKH", 4: "BLD,DKGH->BLKGH"}[w.ndim], x_BLD, w)
 
 
-def _out_of_heads(x_BLKGH: jax.Array, w: nnx.Param | Int8) -> jax.Array:
-    if isinstance(w, Int8):
+def _out_of_heads(x_BLKGH: jax.Array, w: nnx.Param | Int8Param) -> jax.Array:
+    if isinstance(w, Int8Param):
         return int8_out_of_heads(x_BLKGH, w)
     wo_KGHD = sharding.shard(bits.converted(w[...], x_BLKGH.dtype), "heads", None, None, None)
     if wo_KGHD.dtype == bits.BITS:

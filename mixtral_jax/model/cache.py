@@ -17,7 +17,7 @@ ROUND = 16
 """A cache has a multiple of this many places: what a part of a prompt may fill, at the least."""
 
 
-class Step(NamedTuple):
+class CacheUse(NamedTuple):
     """A cache, and what one forward pass does with it."""
 
     cache: Cached | tuple[Cached, ...] | None
@@ -31,7 +31,7 @@ class Step(NamedTuple):
     positions_BL: jax.Array
     real_BL: jax.Array
 
-    def attend(self, q_BLKGH, k_BLKH, v_BLKH) -> tuple[jax.Array, Step]:
+    def attend(self, q_BLKGH, k_BLKH, v_BLKH) -> tuple[jax.Array, CacheUse]:
         """Write the keys and values, and attend to all that the cache holds up to each position.
 
         Nothing is written, or read by others, of what is not real.
@@ -39,15 +39,15 @@ class Step(NamedTuple):
         return _attend(q_BLKGH, k_BLKH, v_BLKH, self)
 
 
-def _attend(q_BLKGH, k_BLKH, v_BLKH, step: Step):
+def _attend(q_BLKGH, k_BLKH, v_BLKH, use: CacheUse):
     rows, heads = sharding.spec("batch"), sharding.spec("batch", None, "heads")
-    cached = jax.tree.map(lambda a: spec_of(step.layer is not None), step.cache)
+    cached = jax.tree.map(lambda a: spec_of(use.layer is not None), use.cache)
     nothing = sharding.spec()
-    inputs = (step.cache, step.layer, step.row_B, step.positions_BL, step.real_BL)
-    specs = Step(
+    inputs = (use.cache, use.layer, use.row_B, use.positions_BL, use.real_BL)
+    specs = CacheUse(
         cached,
-        None if step.layer is None else nothing,
-        None if step.row_B is None else rows,
+        None if use.layer is None else nothing,
+        None if use.row_B is None else rows,
         rows,
         rows,
     )
@@ -80,7 +80,7 @@ def _attend(q_BLKGH, k_BLKH, v_BLKH, step: Step):
         check_vma=False,
     )
     out_BLKGH, cache = run(q_BLKGH, k_BLKH, v_BLKH, *inputs)
-    return out_BLKGH, step._replace(cache=cache)
+    return out_BLKGH, use._replace(cache=cache)
 
 
 def spec_of(stacked: bool) -> jax.sharding.PartitionSpec:

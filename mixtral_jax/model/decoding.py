@@ -18,7 +18,7 @@ from mixtral_jax import sharding
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels import few_heads, few_norms, few_rows, few_tokens
 from mixtral_jax.kernels.cached_attention import Cached
-from mixtral_jax.model.cache import Step, spec_of
+from mixtral_jax.model.cache import CacheUse, spec_of
 from mixtral_jax.model.layers import rotary_angles
 from mixtral_jax.model.moe import over_batch, runs_few
 from mixtral_jax.model.router import RoutingStatistics, local_statistics, routing_of
@@ -49,12 +49,12 @@ class Tokens(NamedTuple):
     sin_Bh: jax.Array
 
 
-def fits(block, x_BLD: jax.Array, step: Step) -> bool:
+def fits(block, x_BLD: jax.Array, use: CacheUse) -> bool:
     """Whether `run` runs such a Block and others like it on such activations."""
     attention, moe, config, dtype = block.attention, block.moe, block.moe.config, x_BLD.dtype
-    (batch, length, width), cache = x_BLD.shape, step.cache
+    (batch, length, width), cache = x_BLD.shape, use.cache
     arrays = isinstance(attention.wq_DKGH, nnx.Param) and isinstance(moe.gate_EDF, nnx.Param)
-    if cache is None or step.row_B is not None or length != 1 or not arrays:
+    if cache is None or use.row_B is not None or length != 1 or not arrays:
         return False
     if sharding.tensor_shards() > 1 or isinstance(moe.gate_EDF.get_value(), tuple):
         return False
@@ -68,7 +68,7 @@ def fits(block, x_BLD: jax.Array, step: Step) -> bool:
     )
 
 
-def run(layers, x_BLD: jax.Array, positions_BL: jax.Array, segments_BL: jax.Array, step: Step):
+def run(layers, x_BLD: jax.Array, positions_BL: jax.Array, segments_BL: jax.Array, use: CacheUse):
     """(x_BLD, statistics of each layer, caches of the layers) after all Blocks of a list."""
     config, dtype = layers[0].moe.config, x_BLD.dtype
     angles_Bh = rotary_angles(positions_BL, config.head_size, config.rope_theta)[:, 0]
@@ -82,7 +82,7 @@ def run(layers, x_BLD: jax.Array, positions_BL: jax.Array, segments_BL: jax.Arra
         return _on_each_device(config, layer, tokens, x_BD, parts_PBD, cache)
 
     x_BD, parts_PBD, statistics, written = x_BLD[:, 0], None, [], []
-    for block, cache in zip(layers, step.cache, strict=True):
+    for block, cache in zip(layers, use.cache, strict=True):
         x_BD, parts_PBD, cache, sums = one_layer(nnx.state(block), x_BD, parts_PBD, cache)
         statistics.append(sums)
         written.append(cache)

@@ -10,7 +10,7 @@ from mixtral_jax import sharding
 from mixtral_jax.kernels import int8
 
 
-class Int8(nnx.Module):
+class Int8Param(nnx.Module):
     """Stands in the place of a matrix, an nnx.Param, whose name says what was quantised.
 
     The values' dimensions are those of the matrix with the ones that are summed over moved to the
@@ -26,7 +26,7 @@ class Int8(nnx.Module):
         return int8.Int8(self.values.get_value(), self.scale.get_value())
 
 
-def columns(x_BLD: jax.Array, w: Int8, axis: str, dtype=None) -> jax.Array:
+def columns(x_BLD: jax.Array, w: Int8Param, axis: str, dtype=None) -> jax.Array:
     """x times a matrix whose output channels, of any number of dimensions, come out behind B, L.
 
     Args:
@@ -51,7 +51,7 @@ def columns(x_BLD: jax.Array, w: Int8, axis: str, dtype=None) -> jax.Array:
     return jax.shard_map(local, in_specs=(batch, channels), out_specs=out)(x_BLD, arrays)
 
 
-def out_of_heads(x_BLKGH: jax.Array, w: Int8) -> jax.Array:
+def out_of_heads(x_BLKGH: jax.Array, w: Int8Param) -> jax.Array:
     """The heads' outputs times wo_KGHD, summed over the devices that the heads are split over."""
     arrays = w.arrays()
     values_DKGH = sharding.shard(arrays.values, None, "heads", None, None)

@@ -15,8 +15,8 @@ from mixtral_jax.kernels import bits, platform
 from mixtral_jax.kernels.attention import resolve
 from mixtral_jax.model import decoding, inputs, remat
 from mixtral_jax.model.attention import Attention
-from mixtral_jax.model.cache import Cached, Step, make_cache
-from mixtral_jax.model.int8 import Int8
+from mixtral_jax.model.cache import Cached, CacheUse, make_cache
+from mixtral_jax.model.int8 import Int8Param
 from mixtral_jax.model.int8 import columns as int8_columns
 from mixtral_jax.model.layers import (
     RMSNorm,
@@ -56,15 +56,15 @@ class Block(nnx.Module):
         self.moe_norm = norm()
         self.moe = MoE(config, moe_key)
 
-    def __call__(self, x_BLD, positions_BL, segments_BL, step: Step | None):
+    def __call__(self, x_BLD, positions_BL, segments_BL, use: CacheUse | None):
         with jax.named_scope("attention"):
-            out_BLD, step = self.attention(
-                self.attention_norm(x_BLD), positions_BL, segments_BL, step
+            out_BLD, use = self.attention(
+                self.attention_norm(x_BLD), positions_BL, segments_BL, use
             )
             x_BLD = x_BLD + out_BLD
         with jax.named_scope("moe"):
             out_BLD, statistics = self.moe(self.moe_norm(x_BLD), segments_BL > 0)
-        return x_BLD + out_BLD, statistics, step
+        return x_BLD + out_BLD, statistics, use
 
     def chosen_experts(self, x_BLD, positions_BL, segments_BL) -> jax.Array:
         """ids_BLC, of the experts that __call__ would send each token to."""
@@ -92,7 +92,7 @@ class Mixtral(nnx.Module):
     Calling it gives logits. `forward`, which gives more, runs inside `with jax.set_mesh(mesh):`
     and wants a batch that splits over the mesh's data, fsdp and expert axes. `layers` is one Block
     with stacked parameters, or, after `unstacked.unstacked`, a list of Blocks; then `head_VD`
-    stands for head_DV. After `quantized.quantized` an Int8 stands for each large matrix.
+    stands for head_DV. After `quantized.quantized` an Int8Param stands for each large matrix.
     """
 
     head_VD: nnx.Param | None = None
@@ -156,14 +156,14 @@ class Mixtral(nnx.Module):
         if segments_BL is None:
             segments_BL = jnp.ones_like(tokens_BL)
         x_BLD = self._embed(tokens_BL, cache is not None)
-        step = Step(cache, None, row_B, positions_BL, segments_BL > 0)
+        use = CacheUse(cache, None, row_B, positions_BL, segments_BL > 0)
         if isinstance(self.layers, Block):
             run = self._run_layers
-        elif decoding.fits(self.layers[0], x_BLD, step):
+        elif decoding.fits(self.layers[0], x_BLD, use):
             run = partial(decoding.run, self.layers)
         else:
             run = self._run_list
-        x_BLD, statistics, cache = run(x_BLD, positions_BL, segments_BL, step)
+        x_BLD, statistics, cache = run(x_BLD, positions_BL, segments_BL, use)
         if logits_at_B is not None:
             here_BL = jnp.arange(x_BLD.shape[1])[None] == logits_at_B[:, None]
             x_BLD = jnp.where(here_BL[..., None], x_BLD, 0).sum(axis=1, keepdims=True)
@@ -215,7 +215,7 @@ class Mixtral(nnx.Module):
         if self.head_VD is not None:
             head_VD = sharding.shard(self.head_VD[...].astype(x_BLD.dtype), "vocabulary", None)
             return logits_of_transposed(x_BLD, head_VD)
-        if isinstance(self.head_DV, Int8):
+        if isinstance(self.head_DV, Int8Param):
             return int8_columns(x_BLD, self.head_DV, "vocabulary", jnp.float32)
         if self.head_DV[...].dtype == bits.BITS:
             times = partial(bits.products, dtype=jnp.float32)
@@ -223,15 +223,15 @@ class Mixtral(nnx.Module):
         head_DV = sharding.shard(self.head_DV[...].astype(x_BLD.dtype), None, "vocabulary")
         return product(x_BLD, head_DV, 1, jnp.float32)
 
-    def _run_layers(self, x_BLD, positions_BL, segments_BL, step: Step):
+    def _run_layers(self, x_BLD, positions_BL, segments_BL, use: CacheUse):
         """The layers as a scan, which hands the cache on and so writes to it where it lies."""
         graphdef, stacked = nnx.split(self.layers)
-        cached = step.cache is not None
+        cached = use.cache is not None
 
         def one_layer(carry, layer):
             x_BLD, cache = carry
             state, number = layer
-            here = step._replace(cache=cache, layer=number) if cached else None
+            here = use._replace(cache=cache, layer=number) if cached else None
             block = nnx.merge(graphdef, state)
             x_BLD, statistics, here = block(x_BLD, positions_BL, segments_BL, here)
             return (x_BLD, here.cache if cached else None), statistics
@@ -243,21 +243,21 @@ class Mixtral(nnx.Module):
                 stacked = remat.in_type(stacked, x_BLD.dtype)
         numbers = jnp.arange(layers) if cached else None
         (x_BLD, cache), statistics = jax.lax.scan(
-            one_layer, (x_BLD, step.cache), (stacked, numbers), unroll=1 if looped else layers
+            one_layer, (x_BLD, use.cache), (stacked, numbers), unroll=1 if looped else layers
         )
         return x_BLD, statistics, cache
 
-    def _run_list(self, x_BLD, positions_BL, segments_BL, step: Step):
+    def _run_list(self, x_BLD, positions_BL, segments_BL, use: CacheUse):
         graphdef, _ = nnx.split(self.layers[0])
 
         @jax.jit  # so that all layers are traced as one
         def one_layer(state, x_BLD, cache):
-            here = None if cache is None else step._replace(cache=cache)
+            here = None if cache is None else use._replace(cache=cache)
             block = nnx.merge(graphdef, state)
             x_BLD, statistics, here = block(x_BLD, positions_BL, segments_BL, here)
             return x_BLD, statistics, None if here is None else here.cache
 
-        caches = [None] * len(self.layers) if step.cache is None else step.cache
+        caches = [None] * len(self.layers) if use.cache is None else use.cache
         statistics, written = [], []
         for block, cache in zip(self.layers, caches, strict=True):
             x_BLD, sums, cache = one_layer(nnx.state(block), x_BLD, cache)

@@ -24,7 +24,7 @@ from mixtral_jax.kernels import exchange as exchanges
 from mixtral_jax.kernels.experts import experts as experts_of
 from mixtral_jax.kernels.gather import all_gather
 from mixtral_jax.kernels.rows import segment_map, starts, take_rows, weighted_sum
-from mixtral_jax.model.int8 import Int8
+from mixtral_jax.model.int8 import Int8Param
 from mixtral_jax.model.layers import matrix
 from mixtral_jax.model.router import RoutingStatistics, local_statistics, route
 
@@ -69,8 +69,8 @@ class Ranked(NamedTuple):
     """The rank of each within its expert."""
     counts_E: jax.Array
     """How many chose each expert."""
-    kept_E: jax.Array
-    """How many of them are below the capacity."""
+    wanted_E: jax.Array
+    """How many of them are below the capacity: what is to go, if there is room for it."""
 
 
 class Dispatch(NamedTuple):
@@ -91,8 +91,8 @@ def capacity_of(capacity_factor: float | None, tokens: int, per_token: int, expe
     return math.ceil(capacity_factor * tokens * per_token / experts)
 
 
-def keep_rows(ids_TC: jax.Array, experts: int, capacity: int | None) -> Ranked:
-    """Rank the assignments of each expert, and keep those below the capacity.
+def rank_assignments(ids_TC: jax.Array, experts: int, capacity: int | None) -> Ranked:
+    """The assignments in the order of their experts, and how many of each are below the capacity.
 
     Assignments are ranked best choices first, then in the order of the tokens: when an expert is
     over capacity, second choices are dropped before any first choice, later tokens before earlier.
@@ -108,11 +108,11 @@ def keep_rows(ids_TC: jax.Array, experts: int, capacity: int | None) -> Ranked:
     places_A = jnp.zeros_like(ids_A).at[position_A]
     order_A = places_A.set(numbers_A, unique_indices=True, mode="promise_in_bounds")
     counts_E = counts_E[:experts]
-    kept_E = counts_E if capacity is None else jnp.minimum(counts_E, capacity)
-    return Ranked(order_A, rank_A.reshape(ids_TC.T.shape), counts_E, kept_E)
+    wanted_E = counts_E if capacity is None else jnp.minimum(counts_E, capacity)
+    return Ranked(order_A, rank_A.reshape(ids_TC.T.shape), counts_E, wanted_E)
 
 
-def dispatch_rows(ids_TC, ranked: Ranked, plan: exchanges.Plan, send_rows: int) -> Dispatch:
+def lay_out(ids_TC, ranked: Ranked, plan: exchanges.Plan, send_rows: int) -> Dispatch:
     """Lay out in the plan's send buffer the assignments that it keeps."""
     (tokens, _), assignments = ids_TC.shape, ids_TC.size
     kept_E, offsets_E = plan.kept_E, plan.offsets_E
@@ -162,12 +162,12 @@ class MoE(nnx.Module):
         into = sharding.spec("experts", "expert_model", "expert_hidden")
         out_of = sharding.spec("experts", "expert_hidden", "expert_model")
         weights = [self.gate_EDF, self.up_EDF, self.down_EFD]
-        if isinstance(self.gate_EDF, Int8):  # converted when they are whole
+        if isinstance(self.gate_EDF, Int8Param):  # converted when they are whole
             weights = [w.arrays() for w in weights]
             scale_EF, scale_ED = (
                 sharding.spec("experts", axis) for axis in ("expert_hidden", "expert_model")
             )
-            # The other way round: of an Int8 what is summed over lies last, of gate [E, F, D].
+            # The other way round: of an Int8Param what is summed over lies last, of gate [E, F, D].
             into, out_of = int8.Int8(out_of, scale_EF), int8.Int8(into, scale_ED)
         else:
             weights = [p.get_value() for p in weights]
@@ -214,22 +214,23 @@ def _sparse_experts(
         routing = route(x_TD, router_DE, real_T, per_token)
         capacity = capacity_of(config.capacity_factor, tokens, per_token, experts)
         ranked = jax.tree.map(
-            lambda a: checkpoint_name(a, "routing"), keep_rows(routing.ids_TC, experts, capacity)
+            lambda a: checkpoint_name(a, "routing"),
+            rank_assignments(routing.ids_TC, experts, capacity),
         )
 
     with jax.named_scope("exchange"):  # 3. rows to their experts
-        plan = exchanges.plan(exchange, ranked.kept_E)
+        plan = exchanges.plan(exchange, ranked.wanted_E)
         dropped = (ranked.counts_E - plan.kept_E).sum()
         statistics = over_batch(local_statistics(routing, real_T, dropped))
-        rows = dispatch_rows(routing.ids_TC, ranked, plan, exchange.send_rows)
-        sent_SD = take_rows(x_TD, rows.token_S, rows.row_CT)
+        dispatch = lay_out(routing.ids_TC, ranked, plan, exchange.send_rows)
+        sent_SD = take_rows(x_TD, dispatch.token_S, dispatch.row_CT)
         received_RD = exchanges.send(exchange, plan, sent_SD)
         received_RD = checkpoint_name(received_RD, "expert_in")
 
     with jax.named_scope("experts"):  # 4. SwiGLU over the experts that live here
         matrices = _gathered(gate_edf, up_edf, down_efd, received_RD)
         if isinstance(matrices[0], int8.Int8):
-            done_RD = int8.few_rows(received_RD, *matrices, plan.group_sizes_e)
+            done_RD = int8.experts(received_RD, *matrices, plan.group_sizes_e)
         elif isinstance(matrices[0], list):
             done_RD = apart.experts(received_RD, *matrices, plan.group_sizes_e)
         else:
@@ -243,7 +244,7 @@ def _sparse_experts(
         returned_SD = exchanges.send_back(exchange, plan, done_RD)
         returned_SD = checkpoint_name(returned_SD, "expert_out")
     with jax.named_scope("combine"):
-        parts_AD = take_rows(returned_SD, rows.row_CT.reshape(-1), rows.assignment_S[None])
+        parts_AD = take_rows(returned_SD, dispatch.row_CT.reshape(-1), dispatch.assignment_S[None])
         parts_CTD = parts_AD.reshape(per_token, tokens, -1)
         out_TD = weighted_sum(routing.weights_TC, parts_CTD)
         out_TD = lax.psum(out_TD, sharding.in_use(sharding.TENSOR))

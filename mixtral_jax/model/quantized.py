@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 
 from mixtral_jax.kernels import int8
-from mixtral_jax.model.int8 import Int8
+from mixtral_jax.model.int8 import Int8Param
 from mixtral_jax.model.mixtral import Mixtral
 
 CONTRACTED = {
@@ -30,7 +30,7 @@ CONTRACTED = {
 
 
 def quantized(model: Mixtral, *, consume: bool = False) -> Mixtral:
-    """The same model with an Int8 in the place of each matrix that CONTRACTED names.
+    """The same model with an Int8Param in the place of each matrix that CONTRACTED names.
 
     Its `forward` is that of the matrices values * scale, up to rounding. It has no gradient. For
     inference on CPU give it to `unstacked`, which then shares its memory.
@@ -63,7 +63,7 @@ def _matrices(model: Mixtral) -> Iterator[tuple[nnx.Module, str]]:
                 yield module, name
 
 
-def _quantized(param: nnx.Param, name: str) -> Int8:
+def _quantized(param: nnx.Param, name: str) -> Int8Param:
     array, logical = param.get_value(), param.get_metadata("logical_axes")
     letters = name.rpartition("_")[2]
     stacked = array.ndim - len(letters)
@@ -71,7 +71,7 @@ def _quantized(param: nnx.Param, name: str) -> Int8:
     arrays = _quantize(array, contracted)
     kept = tuple(axis for axis in range(array.ndim) if axis not in contracted)
     scale_axes = tuple(logical[axis] for axis in kept)
-    return Int8(arrays, (*scale_axes, *(logical[axis] for axis in contracted)), scale_axes)
+    return Int8Param(arrays, (*scale_axes, *(logical[axis] for axis in contracted)), scale_axes)
 
 
 _quantize = partial(jax.jit, static_argnums=1)(int8.quantize)

@@ -17,7 +17,7 @@ from flax import nnx
 
 from mixtral_jax import sharding
 from mixtral_jax.kernels.bits import BITS
-from mixtral_jax.model.int8 import Int8
+from mixtral_jax.model.int8 import Int8Param
 from mixtral_jax.model.mixtral import Block, Mixtral, compute_dtype
 from mixtral_jax.model.quantized import CONTRACTED
 
@@ -130,7 +130,7 @@ def unstacked(model: Mixtral, transposed: bool = True) -> Mixtral:
         for i in range(model.config.num_hidden_layers)
     )
     new.embedding_VD = _whole("embedding_VD", new.embedding_VD, dtype)
-    if isinstance(new.head_DV, Int8):
+    if isinstance(new.head_DV, Int8Param):
         return new
     head_DV = _whole("head_DV", new.head_DV, dtype)
     del new.head_DV
@@ -144,7 +144,7 @@ def unstacked(model: Mixtral, transposed: bool = True) -> Mixtral:
 def converts_blocks(model: Mixtral) -> bool:
     """Whether the products with most of an unstacked model's weights convert them in blocks."""
     expert = model.layers[0].moe.gate_EDF
-    return isinstance(expert, Int8) or expert.get_value()[0].dtype == BITS
+    return isinstance(expert, Int8Param) or expert.get_value()[0].dtype == BITS
 
 
 def _whole(name: str, param: nnx.Param, dtype: jnp.dtype) -> nnx.Param:

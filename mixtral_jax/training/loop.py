@@ -260,7 +260,7 @@ class Run:
         record = {"step": step, "validation_loss": nats / tokens}
         model = self.config.model
         if model.capacity_factor is not None or model.receive_factor is not None:
-            record["validation_dropped_tokens"] = int(dropped)
+            record["validation_dropped_assignments"] = int(dropped)
         if self.held_out.text:
             record["validation_bits_per_byte"] = nats / math.log(2) / len(self.held_out.text)
         self.reporter.write(record)

@@ -2,11 +2,11 @@
 
 metrics.jsonl has one JSON object a line. Training lines hold step, loss (cross-entropy, nats a
 token), load_balance, router_z, grad_norm, learning_rate, tokens_per_second, step_seconds, mfu
-(where the chip's peak is known), dropped_tokens (assignments dropped for want of room since the
-line before), skipped_steps, expert_load_max_over_mean (a number a layer) and expert_share (for each
-layer, each expert's share of the assignments). A number that is not finite is null. Validation
-lines hold step, validation_loss (nats a token), validation_dropped_tokens where a bound is set,
-and, for text, validation_bits_per_byte.
+(where the chip's peak is known), dropped_assignments (assignments dropped for want of room since
+the line before), skipped_steps, expert_load_max_over_mean (a number a layer) and expert_share (for
+each layer, each expert's share of the assignments). A number that is not finite is null. Validation
+lines hold step, validation_loss (nats a token), validation_dropped_assignments where a bound is
+set, and, for text, validation_bits_per_byte.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def training_record(
         "learning_rate": float(metrics.learning_rate),
         "tokens_per_second": float(metrics.tokens) / seconds,
         "step_seconds": seconds,
-        "dropped_tokens": int(dropped),
+        "dropped_assignments": int(dropped),
         "skipped_steps": int(metrics.skipped),
         "expert_load_max_over_mean": (share.max(axis=-1) * share.shape[-1]).round(4).tolist(),
         "expert_share": share.round(5).tolist(),
@@ -169,8 +169,8 @@ class Reporter:
         if record is not None:
             speed = record["tokens_per_second"]
             text = f"loss {record['loss']:.3f}, {speed:,.0f} tokens/s"
-            if record["dropped_tokens"]:
-                text += f", {record['dropped_tokens']} dropped"
+            if record["dropped_assignments"]:
+                text += f", {record['dropped_assignments']} dropped"
             if record["skipped_steps"]:
                 text += f", {record['skipped_steps']} steps skipped"
             self._bar.set_postfix_str(text, refresh=False)

@@ -6,7 +6,7 @@ import numpy as np
 
 from mixtral_jax import sharding
 from mixtral_jax.kernels import exchange
-from mixtral_jax.model.moe import dispatch_rows, keep_rows
+from mixtral_jax.model.moe import lay_out, rank_assignments
 
 CHOICES = np.array([[[2, 0], [2, 3], [1, 2]], [[3, 2], [0, 2], [2, 1]]], np.int32)
 NONE = -1
@@ -15,14 +15,20 @@ NONE = -1
 def one_device(ids_1TC):
     """What is sent, received (device 1's assignments plus 10) and where token 0's rows are."""
     ids_TC = ids_1TC[0]
-    ranked = keep_rows(ids_TC, 4, None)
+    ranked = rank_assignments(ids_TC, 4, None)
     body = exchange.make("padded", sharding.EXPERT, 2, tokens=3, experts=4, per_token=2)
-    plan = exchange.plan(body, ranked.kept_E)
-    rows = dispatch_rows(ids_TC, ranked, plan, body.send_rows)
-    name_S = rows.assignment_S + 10 * jax.lax.axis_index(sharding.EXPERT)
-    sent_S = jnp.where(rows.assignment_S < 6, name_S, NONE)
+    plan = exchange.plan(body, ranked.wanted_E)
+    dispatch = lay_out(ids_TC, ranked, plan, body.send_rows)
+    name_S = dispatch.assignment_S + 10 * jax.lax.axis_index(sharding.EXPERT)
+    sent_S = jnp.where(dispatch.assignment_S < 6, name_S, NONE)
     received_RD = exchange.send(body, plan, (sent_S[:, None] - NONE).astype(jnp.float32))
-    out = (ranked.order_A, sent_S, received_RD[:, 0] + NONE, plan.group_sizes_e, rows.row_CT[:, 0])
+    out = (
+        ranked.order_A,
+        sent_S,
+        received_RD[:, 0] + NONE,
+        plan.group_sizes_e,
+        dispatch.row_CT[:, 0],
+    )
     return jax.tree.map(lambda a: a[None], out)
 
 

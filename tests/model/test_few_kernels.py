@@ -13,7 +13,7 @@ from whole import make_config
 from mixtral_jax import sharding
 from mixtral_jax.kernels import few_heads, few_norms, few_queries, few_rows, few_tokens
 from mixtral_jax.model import decoding
-from mixtral_jax.model.cache import Step
+from mixtral_jax.model.cache import CacheUse
 from mixtral_jax.model.mixtral import abstract_state
 from mixtral_jax.model.quantized import quantized
 from mixtral_jax.model.unstacked import in_layers
@@ -116,14 +116,14 @@ def test_what_takes_the_general_path():
     with jax.set_mesh(mesh), few_on_cpu():
         cache = in_layers(model).empty_cache(B, PLACES)
         x_BLD, at_BL = jnp.zeros((B, 1, CONFIG.hidden_size)), jnp.zeros((B, 1), jnp.int32)
-        step = Step(cache, None, None, at_BL, at_BL == 0)
+        use = CacheUse(cache, None, None, at_BL, at_BL == 0)
         int8 = in_layers(model).empty_cache(B, PLACES, jnp.int8)
-        assert decoding.fits(layers[0], x_BLD, step)
-        assert not decoding.fits(narrow[0], x_BLD, step)
-        assert not decoding.fits(layers[0], jnp.tile(x_BLD, (1, 2, 1)), step)
-        assert not decoding.fits(layers[0], x_BLD.astype(jnp.bfloat16), step)
-        assert not decoding.fits(layers[0], x_BLD, step._replace(row_B=jnp.arange(B)))
-        assert not decoding.fits(layers[0], x_BLD, step._replace(cache=int8))
-        assert not decoding.fits(layers[0], x_BLD, step._replace(cache=None))
+        assert decoding.fits(layers[0], x_BLD, use)
+        assert not decoding.fits(narrow[0], x_BLD, use)
+        assert not decoding.fits(layers[0], jnp.tile(x_BLD, (1, 2, 1)), use)
+        assert not decoding.fits(layers[0], x_BLD.astype(jnp.bfloat16), use)
+        assert not decoding.fits(layers[0], x_BLD, use._replace(row_B=jnp.arange(B)))
+        assert not decoding.fits(layers[0], x_BLD, use._replace(cache=int8))
+        assert not decoding.fits(layers[0], x_BLD, use._replace(cache=None))
     with jax.set_mesh(mesh):
-        assert not decoding.fits(layers[0], x_BLD, step), "on CPU"
+        assert not decoding.fits(layers[0], x_BLD, use), "on CPU"

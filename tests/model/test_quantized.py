@@ -91,9 +91,9 @@ def test_few_rows_see_nothing_of_other_experts():
     down = np.float32(np.random.default_rng(2).normal(size=(3, 8, 16)))
     matrices = [quantize(jnp.array(w), (2,)) for w in (gate, up, down)]
     x_RD, sizes_E = jnp.array(np.random.default_rng(3).normal(size=(7, 8))), jnp.array([2, 3, 1])
-    wanted = np.asarray(int8.few_rows(x_RD, *matrices, sizes_E))
+    wanted = np.asarray(int8.experts(x_RD, *matrices, sizes_E))
     spoilt = [int8.Int8(w.values, w.scale.at[1].set(np.nan)) for w in matrices]
-    found = np.asarray(int8.few_rows(x_RD, *spoilt, sizes_E))
+    found = np.asarray(int8.experts(x_RD, *spoilt, sizes_E))
     assert np.isnan(found[2:5]).all()
     np.testing.assert_array_equal(np.delete(found, [2, 3, 4], 0), np.delete(wanted, [2, 3, 4], 0))
     assert not wanted[6].any()  # the row of no expert
@@ -107,10 +107,10 @@ def test_fewer_rows_than_experts_read_their_own_alone(monkeypatch):
     gate, up, down = (quantize(w, (2,)) for w in weights)
     arguments = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32), gate, up, down
     sizes_E = jnp.array([0, 0, 2, 0, 1, 0])
-    wanted = int8.few_rows(*arguments, sizes_E)
+    wanted = int8.experts(*arguments, sizes_E)
     monkeypatch.setattr(int8, "platform", lambda: "tpu")
-    oracle.close(int8.few_rows(*arguments, sizes_E), wanted, rel=1e-6)
-    program = jax.jit(int8.few_rows).lower(*arguments, sizes_E).as_text()
+    oracle.close(int8.experts(*arguments, sizes_E), wanted, rel=1e-6)
+    program = jax.jit(int8.experts).lower(*arguments, sizes_E).as_text()
     assert "tensor<1x16x8xi8>" in program, "the matrix of one expert"
     assert "tensor<96x8xi8>" not in program, "those of all, as one"
 

@@ -200,13 +200,13 @@ def test_every_dropped_token_is_in_some_line(tmp_path):
     loop.train(synthetic(tmp_path / "each", **bound))
     loop.train(synthetic(tmp_path / "some", **bound, training={"log_every": 4}))
     each, some = (
-        [r["dropped_tokens"] for r in records(tmp_path / name) if "loss" in r]
+        [r["dropped_assignments"] for r in records(tmp_path / name) if "loss" in r]
         for name in ("each", "some")
     )
     assert min(each) > 0
     assert some == [sum(each[:4]), sum(each[4:])]
     validated = [r for r in records(tmp_path / "each") if "validation_loss" in r]
-    assert all(r["validation_dropped_tokens"] > 0 for r in validated)
+    assert all(r["validation_dropped_assignments"] > 0 for r in validated)
 
 
 def test_weights_that_may_be_at_fault_push_out_no_checkpoint(tmp_path, capfd, caplog):

@@ -66,12 +66,12 @@ def test_a_run_folder_has_what_it_promises(whole):
     assert [r["step"] for r in training] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in validation] == [3, 6]
     keys = {"step", "loss", "load_balance", "router_z", "grad_norm", "learning_rate"}
-    keys |= {"dropped_tokens", "skipped_steps", "expert_load_max_over_mean", "expert_share"}
+    keys |= {"dropped_assignments", "skipped_steps", "expert_load_max_over_mean", "expert_share"}
     assert set(training[0]) == keys
     told = (ROOT / "docs" / "training.md").read_text()
     assert all(f"| `{key}` |" in told for key in {*keys, *validation[0], *TIMES})
     last = training[-1]
-    assert last["dropped_tokens"] == last["skipped_steps"] == 0
+    assert last["dropped_assignments"] == last["skipped_steps"] == 0
     for load, share in zip(last["expert_load_max_over_mean"], last["expert_share"], strict=True):
         assert sum(share) == pytest.approx(1, abs=1e-4)
         assert load == pytest.approx(4 * max(share), abs=1e-3)
