@@ -166,6 +166,14 @@ def to_dict(config: Config) -> dict:
     return plain
 
 
+def by_key(config: Config) -> dict[str, str]:
+    """Each value of a Config, as text, under its full name, such as training.steps."""
+    sections = to_dict(config)
+    return {
+        f"{name}.{key}": str(v) for name, values in sections.items() for key, v in values.items()
+    }
+
+
 def apply_overrides(values: dict, overrides: typing.Sequence[str]) -> dict:
     """The same nested dictionary with `section.key=value` texts laid over it, and ~ spelled out."""
     merged = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}

@@ -1,8 +1,14 @@
-"""The commands in processes of their own, on a plain CPU."""
+"""The commands in processes of their own, on a plain CPU; and several hosts as threads."""
 
 import os
 import pathlib
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -28,3 +34,29 @@ def on_two_hosts(command, port, stderr=subprocess.STDOUT):
     outputs = [process.communicate(timeout=400) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     return outputs
+
+
+def as_hosts(monkeypatch, work, *arguments):
+    """What work(argument) returns or raises on each of several hosts, which are threads here."""
+    count, here, told = len(arguments), threading.local(), {}
+    meeting = threading.Barrier(count, timeout=60)
+
+    def allgather(x):
+        told[here.number] = np.asarray(x)
+        meeting.wait()
+        gathered = np.stack([told[number] for number in range(count)])
+        meeting.wait()
+        return gathered
+
+    def one(number):
+        here.number = number
+        try:
+            return work(arguments[number])
+        except Exception as error:
+            return error
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(count) as pool:
+        patch.setattr(jax, "process_count", lambda: count)
+        patch.setattr(jax, "process_index", lambda: here.number)
+        patch.setattr(multihost_utils, "process_allgather", allgather)
+        return list(pool.map(one, range(count)))

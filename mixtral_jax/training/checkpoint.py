@@ -18,6 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from mixtral_jax import hosts
 from mixtral_jax.config import InputError, TrainingError
 from mixtral_jax.interop import own
 from mixtral_jax.interop.own import FOLDER, Extras
@@ -122,12 +123,11 @@ class Checkpoints:
         """Move the checkpoints newer than a step out of the folder; returns their new paths."""
         moved = []
         for newer in [s for s in self.steps() if s > step]:
-            target = self._free(f"set-aside-{FOLDER}-{newer}")
-            if jax.process_index() == 0:
-                (self.folder / str(newer)).rename(target)
+            with hosts.together():
+                target = self._free(f"set-aside-{FOLDER}-{newer}")
+                if jax.process_index() == 0:
+                    (self.folder / str(newer)).rename(target)
             moved.append(target)
-        if jax.process_count() > 1:
-            ocp.multihost.sync_global_processes("set_aside")
         self._manager.reload()
         return moved
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 from flax import nnx
 
-from mixtral_jax import sharding
+from mixtral_jax import config_io, hosts, sharding
 from mixtral_jax.command_line import StartUp, give_back_memory, interruptions, one_line
 from mixtral_jax.config import Config, InputError, TrainingError
 from mixtral_jax.data.batches import train_batches
@@ -25,7 +25,7 @@ from mixtral_jax.training import report, run_folder
 from mixtral_jax.training.announcement import announcement
 from mixtral_jax.training.checkpoint import FOLDER, Checkpoints, Extras
 from mixtral_jax.training.metrics import Clock, Reporter, say, training_record, warnings_said
-from mixtral_jax.training.placement import Placement, on_any_host
+from mixtral_jax.training.placement import Placement
 from mixtral_jax.training.step import (
     TrainState,
     abstract_train_state,
@@ -35,7 +35,7 @@ from mixtral_jax.training.step import (
     make_validation_step,
     state_from,
 )
-from mixtral_jax.training.texts import open_texts
+from mixtral_jax.training.texts import fingerprints, open_texts
 
 
 def train(config: Config) -> None:
@@ -48,6 +48,7 @@ def train(config: Config) -> None:
     start_up = StartUp()
     sharding.start(config.mesh)
     mesh = sharding.mesh_from_config(config.mesh)
+    hosts.same_program(config_io.by_key(config))
     start_up.end("devices")
     with jax.set_mesh(mesh), run_folder.Hold() as hold, warnings_said():
         kernels_of_step(config)
@@ -70,36 +71,44 @@ class Run:
     ):
         self.config, self.mesh, self._start_up = config, mesh, start_up
         self._profiling, self.last_validation, self._saved = False, None, 0
-        begun = run_folder.check(config)
-        if not begun:
-            check_source(config)
         folder = pathlib.Path(config.run.dir)
-        if begun:
-            hold.take(folder)
+        with hosts.together():
+            begun = run_folder.check(config)
+            if not begun:
+                check_source(config)
+            else:
+                hold.take(folder)
+        run_folder.check_shared(folder, begun)
         self.placement = Placement(config, mesh)
         checkpoints, self.first = self._found(folder, begun)
         corpus = self.files = self.tokenizer = None
-        if config.data.source == "files":
-            checkpoint = checkpoints and checkpoints.folder / str(self.first)
-            corpus, self.tokenizer = open_texts(config, checkpoint, say)
-            self.files = corpus.files
-        self.batches = train_batches(config, self.tokenizer, self.placement.rows, corpus)
-        self.held_out = None
-        if config.training.validate_every:
-            self.held_out = validation_set(config, self.tokenizer, corpus)
+        with hosts.together():
+            if config.data.source == "files":
+                checkpoint = checkpoints and checkpoints.folder / str(self.first)
+                corpus, self.tokenizer = open_texts(config, checkpoint, say)
+                self.files = corpus.files
+            self.batches = train_batches(config, self.tokenizer, self.placement.rows, corpus)
+            self.held_out = None
+            if config.training.validate_every:
+                self.held_out = validation_set(config, self.tokenizer, corpus)
+        if corpus is not None:
+            hosts.same(*fingerprints(corpus, self.tokenizer))
         start_up.end("data")
         if self.first < config.training.steps:
             # Beside making the state, which on CPU is mostly compiling too.
             self._compiling = ThreadPoolExecutor(1, "compile").submit(self._compile)
         self.state = self._fresh_state() if checkpoints is None else self._restored(checkpoints)
         start_up.end("state")
-        folder.mkdir(parents=True, exist_ok=True)
-        hold.take(folder)
-        self.folder = run_folder.write(config)
-        if self.tokenizer is not None and jax.process_index() == 0:
-            self.tokenizer.save(self.folder / self.tokenizer.file_name)
+        with hosts.together():
+            folder.mkdir(parents=True, exist_ok=True)
+            hold.take(folder)
+        run_folder.check_shared(folder, True)
+        with hosts.together():
+            self.folder = run_folder.write(config)
+            if self.tokenizer is not None and jax.process_index() == 0:
+                self.tokenizer.save(self.folder / self.tokenizer.file_name)
+            self.reporter = Reporter(self.folder, self.first, config.training.steps)
         self.checkpoints = Checkpoints(self.folder, config.training.keep_checkpoints)
-        self.reporter = Reporter(self.folder, self.first, config.training.steps)
         self._validation_step = jax.jit(make_validation_step(config))
 
     def _found(self, folder: pathlib.Path, begun: bool) -> tuple[Checkpoints | None, int]:
@@ -108,6 +117,7 @@ class Run:
         if begun and (folder / FOLDER).is_dir():
             checkpoints = Checkpoints(folder, self.config.training.keep_checkpoints)
             steps = checkpoints.steps()
+        hosts.same({f"the checkpoints of run.dir={folder}": str(steps)}, run_folder.SHARED)
         if wanted is not None and wanted not in steps:
             raise InputError(f"run.resume_step={wanted} is not a checkpoint of {folder}: {steps}")
         if not steps:
@@ -131,7 +141,9 @@ class Run:
         config = self.config
         if not config.model.checkpoint:
             return initial_state(config, self.mesh)
-        model = open_checkpoint(config.model.checkpoint).load(config.model, self.mesh)
+        with hosts.together():
+            opened = open_checkpoint(config.model.checkpoint)
+        model = opened.load(config.model, self.mesh)
         say(f"starting from the weights in {config.model.checkpoint}")
         return state_from(nnx.state(model), config, self.mesh)
 
@@ -168,7 +180,7 @@ class Run:
                     self.reporter.write(record)
                     dropped = 0.0
                 self.reporter.advance(step, record)
-                if step < steps and on_any_host(told.is_set()):
+                if step < steps and hosts.on_any_host(told.is_set()):
                     # At once: whoever stops it may not wait.
                     if record is None:
                         record = training_record(step, metrics, clock.lap(), dropped, self.config)

@@ -57,10 +57,3 @@ class Placement:
         if jax.process_count() == 1:
             return lines
         return multihost_utils.process_allgather(lines).max(axis=0)
-
-
-def on_any_host(told: bool) -> bool:
-    """Whether any host says so; every host must ask at the same step."""
-    if jax.process_count() == 1:
-        return told
-    return bool(multihost_utils.process_allgather(np.asarray(told)).any())

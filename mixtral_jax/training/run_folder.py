@@ -7,16 +7,18 @@ import fcntl
 import os
 import pathlib
 import socket
+import time
 from typing import TextIO
 
 import jax
 
-from mixtral_jax import config_io
+from mixtral_jax import config_io, hosts
 from mixtral_jax.config import Config, InputError, MeshConfig
 from mixtral_jax.files import UNFINISHED, whole_file
 from mixtral_jax.interop.own import CONFIG
 
 LOCK = ".lock"
+SHARED = "it must be on a disk that all of them share"
 
 # What may differ when a run goes on: where and how it computes, not what.
 MAY_CHANGE = {
@@ -90,6 +92,23 @@ def write(config: Config) -> pathlib.Path:
     return folder
 
 
+def check_shared(folder: pathlib.Path, held: bool) -> None:
+    """Check that all hosts see one folder, by what the one that holds it has written there.
+
+    Args:
+      held: whether the first host holds it; one of them that says otherwise differs too.
+    Raises:
+      InputError: on every host, where they do not.
+    """
+    found = "no run"
+    if held:
+        try:
+            found = (folder / LOCK).read_text(encoding="utf-8", errors="replace").strip()
+        except OSError as error:
+            found = f"{LOCK}: {error.strerror}"
+    hosts.same({f"run.dir={folder}": found}, SHARED)
+
+
 class Hold:
     """Keeps other processes from training in a run folder, from `take` to the end of the block."""
 
@@ -122,7 +141,9 @@ class Hold:
                 "run.dir"
             ) from None
         except OSError:  # a file system without locks
-            return
+            pass
         self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # the other hosts look for it

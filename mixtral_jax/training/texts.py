@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import pathlib
 from collections.abc import Callable
 
@@ -43,6 +44,13 @@ def open_texts(
             raise InputError(f"the tokenizer of {folder} has changed: go on with the run's own")
         tokenizer = before.tokenizer  # it knows its version
     return corpus, tokenizer
+
+
+def fingerprints(corpus: Corpus, tokenizer: Tokenizer) -> tuple[dict[str, str], str]:
+    """What `hosts.same` compares of both, and what to do where they differ."""
+    made = hashlib.sha256(tokenizer.model_bytes).hexdigest()[:12]
+    told = {f"the files of {key}": found for key, found in corpus.files.items()}
+    return {**told, "the tokenizer": made}, "every host must see the same files"
 
 
 def _load_tokenizer(

@@ -5,16 +5,18 @@ import logging
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+from processes import as_hosts
 from tiny import make_config
 
 import mixtral_jax
-from mixtral_jax import sharding
+from mixtral_jax import hosts, sharding
 from mixtral_jax.config import InputError, SourceConfig, TrainingError
 from mixtral_jax.data.batches import TrainBatches
 from mixtral_jax.data.released import released_file
@@ -52,6 +54,7 @@ def on_text(path, steps, **sections):
         },
         model={"vocab_size": 290, **sections.pop("model", {})},
         training=training | sections.pop("training", {}),
+        **sections,
     )
 
 
@@ -192,6 +195,69 @@ def test_what_may_change_is_documented():
         assert section == "mesh" or set(re.findall(r"`(\w+)`", row)) - {section} == keys
 
 
+# ---- several hosts -----------------------------------------------------------------------------
+
+
+def hosts_differ(monkeypatch, old, new):
+    """As if on a second host what the hosts compare had one text for another."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "gather", lambda text: [text, text.replace(old, new)])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (
+            'rate": "0.01"',
+            'rate": "1"',
+            r"differ in training.learning_rate \(0.01 on host 0, 1 on host 1\)",
+        ),
+        ("6 documents", "5 documents", r"the files of data.train \(6 documents in 6 files, "),
+        (
+            '"the tokenizer": "',
+            '"the tokenizer": "0',
+            r"the tokenizer \(\w{12} on host 0, 0\w{12} on",
+        ),
+        (
+            f"process {os.getpid()}",
+            "process 0",
+            r"run.dir=.*must be on a disk that all of them share",
+        ),
+    ],
+    ids=["a setting", "a file", "the tokenizer", "the folder"],
+)
+def test_hosts_that_differ_do_not_train(texts, monkeypatch, old, new, told):
+    hosts_differ(monkeypatch, old, new)
+    with pytest.raises(InputError, match=told):
+        loop.train(on_text(texts, 1, mesh={"data": 8}, training={"batch_size": 8}))
+    assert not (texts / "run" / run_folder.CONFIG).exists()
+
+
+def test_what_one_host_cannot_do_is_said_by_all(texts, monkeypatch):
+    hosts_differ(monkeypatch, "", "")
+    for path in texts.glob("*.txt"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"^host 0: data.train: .* matches no file"):
+        loop.train(on_text(texts, 1, mesh={"data": 8}, training={"batch_size": 8}))
+
+
+def test_hosts_see_whether_their_folder_is_one(tmp_path, monkeypatch):
+    def begin(folder):
+        folder.mkdir(exist_ok=True)
+        with run_folder.Hold() as hold:
+            hold.take(folder)
+            hosts.gather("")  # as training does, which takes it on all hosts together
+            run_folder.check_shared(folder, True)
+
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert as_hosts(monkeypatch, begin, one, one) == [None, None]
+    errors = as_hosts(monkeypatch, begin, one, other)
+    shutil.copytree(one, other, dirs_exist_ok=True)  # with what another run left there
+    (other / run_folder.LOCK).write_text("process 7 on h")
+    for error in [*errors, *as_hosts(monkeypatch, begin, one, other)]:
+        assert re.match(r"the hosts differ in run.dir=.* on host 0, .* on host 1\)", str(error))
+
+
 # ---- nothing is silent -------------------------------------------------------------------------
 
 
@@ -248,14 +314,14 @@ def test_what_a_user_may_not_expect_is_said_at_the_start(tmp_path, capfd):
 
 
 def test_a_signal_in_the_last_step_changes_nothing(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(loop, "on_any_host", lambda told: True)
+    monkeypatch.setattr(hosts, "on_any_host", lambda told: True)
     loop.train(synthetic(tmp_path / "run", training={"steps": 1}))
     assert (tmp_path / "run" / "report.png").exists()
     assert "stopped" not in capfd.readouterr().out
 
 
 def test_a_run_that_is_stopped_saves_before_it_validates(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "on_any_host", lambda told: True)
+    monkeypatch.setattr(hosts, "on_any_host", lambda told: True)
     monkeypatch.setattr(loop.Run, "_validate", lambda self, step: pytest.fail("validated"))
     loop.train(synthetic(tmp_path / "run"))
     assert own.find(tmp_path / "run").name == "1"
