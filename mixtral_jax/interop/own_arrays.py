@@ -27,7 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from mixtral_jax import sharding
+from mixtral_jax import hosts, sharding
 from mixtral_jax.command_line import one_line
 from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.interop import own
@@ -72,14 +72,20 @@ def restore(path: pathlib.Path, item: str, abstract: Any, run: dict) -> Any:
     """The arrays of an item, laid out as `abstract` says and checked against the checksums.
 
     Raises:
-      InputError: if the item is damaged, naming it.
+      InputError: on every host, if the item is damaged, naming it.
     """
-    try:
-        with ocp.StandardCheckpointer() as checkpointer, quiet():
-            arrays = checkpointer.restore(path / item, abstract)
-    except Exception as error:
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats each task's error
-        raise InputError(f"checkpoint {path} is damaged in {item}: {_first_line(error)}") from None
+    # Each host reads its slices alone: orbax would have the others wait for one that cannot.
+    host = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=host, active_processes={host})
+    with hosts.together():
+        try:
+            with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer, quiet():
+                arrays = checkpointer.restore(path / item, abstract)
+        except Exception as error:
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats each task's error
+            raise InputError(
+                f"checkpoint {path} is damaged in {item}: {_first_line(error)}"
+            ) from None
     for name, value in checksums(arrays).items():
         if run["checksums"].get(item, {}).get(name) != value:
             raise InputError(f"checkpoint {path} is damaged in {item}: {name} has changed on disk")
@@ -129,7 +135,8 @@ def load_model(path: pathlib.Path, config: ModelConfig, mesh: jax.sharding.Mesh)
     Raises:
       InputError: if the checkpoint is damaged.
     """
-    run = own.read_run(path)
+    with hosts.together():
+        run = own.read_run(path)
     stored = own.extras_of(run).config.model.param_dtype
     graphdef, state = abstract_state(config)
     shardings = sharding.param_shardings(state, mesh)

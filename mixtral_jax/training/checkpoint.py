@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 import pathlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,6 +47,30 @@ def _validation_loss(metrics: dict) -> float:
     return metrics["validation_loss"]
 
 
+_WRITERS = ("async_save", "save_finalize")  # threads of orbax
+
+
+class _Failures(logging.Filter):
+    """Hides what orbax logs, which it raises too, and knows why this host could not write.
+
+    On several hosts orbax raises that late: a host that has failed waits minutes for the others,
+    which wait for what it should have written.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reason = ""
+        """Empty where nothing has failed."""
+        logger = logging.getLogger("absl")
+        logger.filters[:] = [f for f in logger.filters if not isinstance(f, _Failures)] + [self]
+        logger.setLevel(logging.ERROR)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and record.threadName in _WRITERS and not self.reason:
+            self.reason = reason(record.exc_info[1])
+        return record.levelno >= logging.CRITICAL
+
+
 class Checkpoints:
     """The checkpoints of one run, for writing and resuming.
 
@@ -61,9 +86,9 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             cleanup_tmp_directories=True,
         )
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it will raise
         hide_closed_loops()
         self._failed = False
+        self._failures = _Failures()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def steps(self) -> list[int]:
@@ -77,6 +102,7 @@ class Checkpoints:
         run = own.run_of(extras, sums)
         loss = extras.validation_loss
         known = loss is not None and math.isfinite(loss)
+        self._wait_for_hosts()
         with self._writing():
             self._manager.save(
                 step,
@@ -111,7 +137,8 @@ class Checkpoints:
     def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Extras]:
         path = self.folder / str(step)
         params, rest = _split(abstract)
-        run = own.read_run(path)
+        with hosts.together():
+            run = own.read_run(path)
         params = restore(path, "params", params, run)
         rest = restore(path, "optimizer", rest, run)
         state = _from_paths(abstract._replace(params=None), rest)
@@ -136,18 +163,49 @@ class Checkpoints:
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
         return next(path for n in names if not (path := self.folder.parent / n).exists())
 
+    @property
+    def failed(self) -> bool:
+        """Whether this one of several hosts could not write: time for all of them to `check`."""
+        return jax.process_count() > 1 and bool(self._failures.reason)
+
+    def check(self) -> None:
+        """Of several hosts, all of which must call it.
+
+        Raises:
+          TrainingError: on every host, if one of them could not write.
+        """
+        if jax.process_count() == 1:
+            return
+        for host, told in enumerate(hosts.gather(self._failures.reason)):
+            if told:
+                self._fail()
+                raise TrainingError(f"host {host}: {self._unwritten(told)}")
+
+    def _wait_for_hosts(self) -> None:
+        """Return when no host of several is writing. Raises: TrainingError: as `check`."""
+        self.check()
+        while hosts.on_any_host(jax.process_count() > 1 and self._manager.is_saving_in_progress()):
+            time.sleep(0.05)
+            self.check()
+
+    def _fail(self) -> None:
+        self._failed = True
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats each task's error
+
+    def _unwritten(self, told: str) -> str:
+        return (
+            f"a checkpoint cannot be written to {self.folder}: {told}; the same command goes on "
+            "from the newest one that is whole"
+        )
+
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Raises: TrainingError: in one line, for what orbax raises where it cannot write."""
         try:
             yield
         except (OSError, ValueError) as error:
-            self._failed = True
-            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats each task's error
-            raise TrainingError(
-                f"a checkpoint cannot be written to {self.folder}: {reason(error)}; the same "
-                "command goes on from the newest one that is whole"
-            ) from None
+            self._fail()
+            raise TrainingError(self._unwritten(reason(error))) from None
 
     def wait(self) -> None:
         """Return when everything saved is on disk.
@@ -155,11 +213,14 @@ class Checkpoints:
         Raises:
           TrainingError: if it cannot be written.
         """
+        self._wait_for_hosts()
         with self._writing():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         if self._failed:  # said already; orbax would raise it again
+            if jax.process_count() > 1:
+                jax.distributed.shutdown()  # else its threads, and this process, wait on for others
             return
         self.wait()
         self._manager.close()

@@ -180,7 +180,8 @@ class Run:
                     self.reporter.write(record)
                     dropped = 0.0
                 self.reporter.advance(step, record)
-                if step < steps and hosts.on_any_host(told.is_set()):
+                if step < steps and hosts.on_any_host(told.is_set() or self.checkpoints.failed):
+                    self.checkpoints.check()
                     # At once: whoever stops it may not wait.
                     if record is None:
                         record = training_record(step, metrics, clock.lap(), dropped, self.config)

@@ -4,9 +4,11 @@ import chex
 import jax
 import numpy as np
 import pytest
+from flax import nnx
+from orbax.checkpoint._src.checkpointers import async_checkpointer
 from tiny import CONFIG, host, initial_state, make_config
 
-from mixtral_jax import sharding
+from mixtral_jax import hosts, sharding
 from mixtral_jax.config import InputError, TrainingError
 from mixtral_jax.interop import own, own_arrays
 from mixtral_jax.training import checkpoint
@@ -100,6 +102,39 @@ def test_a_disk_that_takes_no_more_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match=r"cannot be written to .*No space left on device; "):
         checkpoints.wait()
     checkpoints.close()  # does not raise it again
+
+
+def test_of_several_hosts_each_says_what_one_could_not_write(tmp_path, monkeypatch):
+    checkpoints = save_steps(tmp_path, {1: 1.0})
+
+    def full(*arguments, **options):
+        raise ValueError("RESOURCE_EXHAUSTED [os_error_code='28']")
+
+    monkeypatch.setattr(async_checkpointer, "_background_wait_for_commit_futures", full)
+    checkpoints.check()
+    assert not checkpoints.failed
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        checkpoints.save(2, initial_state(CONFIG, mesh), extras(CONFIG))
+    with pytest.raises(TrainingError, match="No space left on device"):
+        checkpoints.wait()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
+    monkeypatch.setattr(hosts, "gather", lambda text: ["", text])
+    assert checkpoints.failed
+    for call in (checkpoints.check, checkpoints.wait):
+        with pytest.raises(TrainingError, match=r"^host 1: a checkpoint cannot .*No space left"):
+            call()
+    checkpoints.close()
+
+
+def test_a_checkpoint_that_one_host_cannot_read_is_damaged_on_all(saved, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "gather", lambda text: [text, "no disk"])
+    mesh = sharding.make_mesh()
+    params = initial_state(CONFIG, mesh).params
+    with pytest.raises(InputError, match=r"^host 1: no disk$"):
+        own_arrays.restore(own.find(saved), "params", nnx.to_pure_dict(params), {})
 
 
 def test_a_half_written_checkpoint_is_not_seen(tmp_path):
