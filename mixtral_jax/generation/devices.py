@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mixtral_jax import sharding
 from mixtral_jax.generation.answering import Task
 from mixtral_jax.generation.compiled import Programs
 from mixtral_jax.generation.placing import Placing
@@ -78,8 +77,7 @@ class Devices:
 
     def copy(self, source: int, target: int) -> None:
         """Put the cache of one row into another."""
-        whole = sharding.replicated(self._placing.mesh)
-        rows = jax.device_put((np.int32(source), np.int32(target)), whole)
+        rows = self._placing.whole(np.int32(source), np.int32(target))
         self.progress = self._programs("copy", self.progress, *rows)
 
     def mark(self, tasks: dict[int, Task]) -> None:

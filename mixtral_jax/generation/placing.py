@@ -38,7 +38,18 @@ class Placing:
         return row // self._each
 
     def split(self, *arrays: np.ndarray):
-        return jax.device_put(arrays, sharding.on(self.mesh, "batch"))
+        return self._placed(arrays, sharding.on(self.mesh, "batch"))
+
+    def whole(self, *arrays: np.ndarray):
+        """Arrays that every device has."""
+        return self._placed(arrays, sharding.replicated(self.mesh))
+
+    @staticmethod
+    def _placed(arrays: Sequence[np.ndarray], where: jax.sharding.Sharding):
+        if jax.process_count() == 1:
+            return jax.device_put(arrays, where)
+        # device_put would have the hosts compare each array; they asked the same at the start.
+        return tuple(jax.make_array_from_callback(a.shape, where, a.__getitem__) for a in arrays)
 
     def lanes(self, shape: tuple[int, int], parts: dict[int, Part]) -> Lanes:
         """Parts of prompts by lane.

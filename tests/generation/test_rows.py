@@ -1,11 +1,15 @@
-"""Which row a request takes, against a search in plain Python."""
+"""Which row a request takes, against a search in plain Python; how arrays of rows are placed."""
 
 import itertools
 
+import jax
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mixtral_jax import sharding
+from mixtral_jax.generation import placing
 from mixtral_jax.generation.rows import COPY, LEAST_PART, Row, choose, common
 
 PLACES = 80
@@ -44,3 +48,17 @@ def test_a_request_begins_in_the_row_or_after_a_copy_of_the_row_that_has_most_of
         assert (own, done, source) == (free[0], 0, None)
     rows[own].clear()
     assert rows[own].written.size == 0
+
+
+def test_several_hosts_place_the_same_arrays(monkeypatch):
+    """Not by device_put, which has the hosts compare each array."""
+    arrays = np.arange(24).reshape(8, 3), np.arange(8)
+    place = placing.Placing(sharding.make_mesh(data=2, expert=4), 8, 8)
+    rows = np.int32(3), np.int32(5)
+    alone = (*place.split(*arrays), *place.whole(*rows))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "device_put", lambda *given: pytest.fail("compared"))
+    for one, other in zip(alone, (*place.split(*arrays), *place.whole(*rows)), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.sharding == other.sharding
+        assert one.dtype == other.dtype
