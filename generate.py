@@ -188,6 +188,14 @@ def read_prompts(
         )
     if arguments.prompt is not None:
         return [prompts.Asked("prompt 1", arguments.prompt, None, options, None, 1)]
+    if arguments.prompt_file == prompts.STANDARD_INPUT:
+        from mixtral_jax import sharding  # only now: it loads JAX
+
+        if sharding.one_of_several():
+            raise InputError(
+                "--prompt-file -: each of several processes has a standard input of its own: name "
+                "a file that all of them see"
+            )
     if arguments.prompt_file is not None:
         return prompts.read(arguments.prompt_file, options, arguments.jsonl)
     if not arguments.chat:

@@ -247,6 +247,15 @@ def start(mesh: MeshConfig) -> None:
         jax.distributed.initialize()
 
 
+def one_of_several() -> bool:
+    """Whether the environment says, before JAX starts, that this process is one of several.
+
+    On a TPU slice JAX alone knows.
+    """
+    several = os.environ.get("JAX_NUM_PROCESSES") != "1"
+    return several if os.environ.get("JAX_COORDINATOR_ADDRESS") else _in_slurm_step()
+
+
 def _use_memory_of_gpus() -> None:
     """Have JAX take GPU_MEMORY of a GPU, not three fourths, unless the user says how much."""
     names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is older

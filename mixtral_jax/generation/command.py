@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mixtral_jax import sharding
+from mixtral_jax import hosts, sharding
 from mixtral_jax.command_line import StartUp, interruptions
 from mixtral_jax.config import InputError, ModelConfig, check_mesh
 from mixtral_jax.data.chat import encode_chat
@@ -23,6 +24,7 @@ from mixtral_jax.generation.output import (
     Json,
     Rates,
     Shown,
+    Stop,
     Text,
     cut,
     legend,
@@ -30,7 +32,7 @@ from mixtral_jax.generation.output import (
     pieces,
     say_aside,
 )
-from mixtral_jax.generation.prompts import Asked
+from mixtral_jax.generation.prompts import Asked, told
 from mixtral_jax.generation.request import Deployment, Request, Serving, check_request
 from mixtral_jax.generation.results import Answer
 from mixtral_jax.generation.rows import context_for
@@ -85,6 +87,7 @@ def run(
       InputError: for what a user can mend; no answer has been printed then.
     """
     deployed = deploy(checkpoint, deployment)
+    hosts.same_program({**_told(deployed, style, deployment, serving), **told(asked)})
     layers, layer = deployed.config.num_hidden_layers, style.show_routing
     if layer is not None and not 0 <= layer < layers:
         raise InputError(f"--show-routing {layer} is not in 0..{layers - 1}, the model's layers")
@@ -101,6 +104,16 @@ def run(
     engine = deployed.start(sized(serving, good))
     answered = show(engine, asked, requests, style, deployed.start_up)
     return 0 if answered and len(good) == len(asked) else 1
+
+
+def _told(
+    deployed: Deployed, style: Style, deployment: Deployment, serving: Serving
+) -> dict[str, str]:
+    """For `hosts.same`: which checkpoint is asked, and how."""
+    model = deployed.tokenizer.model_bytes + repr(deployed.config).encode()
+    keys = {**style._asdict(), **vars(deployment), **vars(serving)}
+    keys["the checkpoint"] = f"{deployed.path}, {hashlib.sha256(model).hexdigest()[:12]}"
+    return {name: str(value) for name, value in keys.items()}
 
 
 def _request(asked: Asked, deployed: Deployed, style: Style, limit: int) -> Request | Refused:
@@ -160,7 +173,8 @@ def show(
 
     Returns: false if one ended for a reason that standard error tells.
     Raises:
-      KeyboardInterrupt: after the event that comes next, or at the second Ctrl-C at once.
+      KeyboardInterrupt: after the event that comes next, or at the second Ctrl-C at once; on
+        several hosts, on all of them, after one of the next TOGETHER events.
     """
     good = {n: request for n, request in enumerate(requests) if isinstance(request, Request)}
     numbers = list(good)
@@ -168,9 +182,9 @@ def show(
     answers = sum(request.options.n for request in good.values())
     live = sys.stderr.isatty() and not sys.stdout.isatty()
     rates = Rates(answers, lambda: start_up.end("prefill"), live)
-    _print_refused(printer, asked, requests)
     cached, answered = 0, True
-    with interruptions() as stopped:
+    with interruptions() as stopped, Stop(stopped) as stop:
+        stop.soon(_print_refused, printer, asked, requests)
         for event in engine.run(good.values()):
             number = numbers[event.request]
             if event.answer is not None:
@@ -181,9 +195,8 @@ def show(
                     event.answer.error = _named(event.answer.error, asked[number], style)
                     say_aside(f"error: {event.answer.error}")
             rates.take(event)
-            printer.take(event._replace(request=number))
-            if stopped.is_set():
-                raise KeyboardInterrupt
+            stop.soon(printer.take, event._replace(request=number))
+            stop.after_event()
     say_aside(rates.report(sum(len(r.tokens) * r.options.n for r in good.values()), cached))
     say_aside(start_up.report(rates.made))
     return answered
@@ -249,6 +262,7 @@ class Deployed(NamedTuple):
     start: Callable[[Serving], Engine]
     """Reads the weights."""
     start_up: StartUp
+    path: pathlib.Path
 
     def context(self, serving: Serving) -> int:
         """Most tokens of a prompt and its answer: what is asked for, or the model's own.
@@ -273,13 +287,14 @@ def deploy(checkpoint: str | pathlib.Path, deployment: Deployment) -> Deployed:
     start_up = StartUp()
     recognise(checkpoint)  # before JAX starts, which takes a while
     sharding.start(deployment.mesh)
-    found = open_checkpoint(checkpoint)
-    config, tokenizer = model_config(found.config, deployment), found.tokenizer
-    if tokenizer is None:
-        raise InputError(
-            f"checkpoint {found.path} has no tokenizer: it was trained on synthetic data, or its "
-            "folder lacks tokenizer.model"
-        )
+    with hosts.together():
+        found = open_checkpoint(checkpoint)
+        config, tokenizer = model_config(found.config, deployment), found.tokenizer
+        if tokenizer is None:
+            raise InputError(
+                f"checkpoint {found.path} has no tokenizer: it was trained on synthetic data, or "
+                "its folder lacks tokenizer.model"
+            )
     mesh = sharding.mesh_from_config(deployment.mesh)
     with jax.set_mesh(mesh):
         chosen_kernels(config, sharding.batch_shards(), 1)  # refuses what cannot run here
@@ -311,7 +326,7 @@ def deploy(checkpoint: str | pathlib.Path, deployment: Deployment) -> Deployed:
         start_up.end("weights")
         return engine
 
-    return Deployed(tokenizer, config, start, start_up)
+    return Deployed(tokenizer, config, start, start_up, found.path)
 
 
 def model_config(trained: ModelConfig, deployment: Deployment) -> ModelConfig:

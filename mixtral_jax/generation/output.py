@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import abc
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
-from mixtral_jax import command_line
+from mixtral_jax import command_line, hosts
+from mixtral_jax.command_line import OutputError
 from mixtral_jax.data.tokenizer import StreamDecoder, Tokenizer
 from mixtral_jax.generation.answering import Event
 from mixtral_jax.generation.results import Answer, to_json
 
 COLOURS = (196, 46, 27, 226, 201, 51, 208, 141, 118, 39, 213, 220, 160, 34, 99, 250)
 """Of the terminal's 256: experts have them in turn."""
+TOGETHER = 64
+"""Events between which several hosts ask each other whether to stop."""
 
 
 class Shown(NamedTuple):
@@ -188,6 +192,39 @@ class Rates:
     def _tell(self, line: str) -> None:
         if jax.process_index() == 0:
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+
+class Stop:
+    """Ends what goes from event to event: on several hosts on all of them after the same one."""
+
+    def __init__(self, told: threading.Event):
+        self._told, self._events = told, 0
+        self._error: Exception | None = None
+
+    def __enter__(self) -> Stop:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None and self._error is not None:
+            raise self._error
+
+    def soon(self, call: Callable[..., None], *arguments: Any) -> None:
+        """Print; what cannot be printed on the first of several hosts is raised with the others."""
+        try:
+            if self._error is None:
+                call(*arguments)
+        except (BrokenPipeError, OutputError) as error:
+            if jax.process_count() == 1:
+                raise
+            self._error = error
+
+    def after_event(self) -> None:
+        """Raises: KeyboardInterrupt: if a host was told to stop; there, what cannot be printed."""
+        self._events += 1
+        if jax.process_count() > 1 and self._events % TOGETHER:
+            return
+        if hosts.on_any_host(self._told.is_set() or self._error is not None):
+            raise self._error or KeyboardInterrupt
 
 
 def write(text: str) -> None:

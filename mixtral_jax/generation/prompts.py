@@ -10,6 +10,7 @@ fields of `Options` to override the command's own for that line alone:
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -105,6 +106,14 @@ def read_jsonl(path: str | pathlib.Path, default: Options) -> list[Asked]:
     if not asked:
         raise InputError(f"{_source(path)} is empty: write one object a line, such as {EXAMPLE}")
     return asked
+
+
+def told(asked: Sequence[Asked]) -> dict[str, str]:
+    """What several hosts compare of it: the first one's options by name, and a hash of all."""
+    first = asked[0].options
+    rest = [one._replace(options=None if one.options == first else one.options) for one in asked]
+    digest = hashlib.sha256(repr(rest).encode(errors="backslashreplace")).hexdigest()[:12]
+    return {**{name: str(value) for name, value in vars(first).items()}, "the prompts": digest}
 
 
 def name_of(path: str | pathlib.Path) -> str:

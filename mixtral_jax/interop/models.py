@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 import tqdm
 
-from mixtral_jax import sharding
+from mixtral_jax import hosts, sharding
 from mixtral_jax.config import (
     DTYPES,
     InputError,
@@ -145,7 +145,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     tokenizer = folders.load_tokenizer(path, weights.config.vocab_size)
 
     def load(config: ModelConfig, mesh: jax.sharding.Mesh, int8: bool) -> Mixtral:
-        with progress_bar("loading", weights.nbytes) as bar:
+        with hosts.together(), progress_bar("loading", weights.nbytes) as bar:
             return loading.load(weights, config, mesh, bar.update, int8)
 
     return Checkpoint(path, weights.config, tokenizer, load)

@@ -13,7 +13,7 @@ import pytest
 from tiny import MODEL
 
 import generate
-from mixtral_jax import sharding
+from mixtral_jax import hosts, sharding
 from mixtral_jax.config import InputError
 from mixtral_jax.data.chat import encode_chat
 from mixtral_jax.data.tokenizer import Tokenizer
@@ -155,9 +155,9 @@ def test_bad_input_is_one_line_and_exit_code_2(case, run, refused):
 
 def test_a_conversation_needs_one_process(run, refused, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
-    mesh = ["mesh.data=2", "mesh.expert=4"]
+    monkeypatch.setattr(hosts, "gather", lambda text: [text] * 4)
     refused(
-        ["--checkpoint", str(run), *GREEDY, *mesh],
+        ["--checkpoint", str(run), *GREEDY, "mesh.data=2", "mesh.expert=4"],
         "one of 4 processes: give --prompt or --prompt-f",
     )
 

@@ -9,12 +9,13 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 from processes import on_two_hosts
 from tiny import MODEL
 
 import generate
-from mixtral_jax import sharding
+from mixtral_jax import hosts, sharding
 from mixtral_jax.config import MeshConfig
 from mixtral_jax.generation import command, prompts
 from mixtral_jax.generation import engine as engines
@@ -80,6 +81,28 @@ def test_two_hosts_answer_as_one(run, answers, tmp_path, unused_port):
     assert lines_of(second) == []
     assert [json.loads(line)["text"] for line in lines_of(first)] == answers
     assert "on 4 x cpu" in said
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            'temperature": "0.0"',
+            'temperature": "1.0"',
+            "temperature .0.0 on host 0, 1.0 on host 1.",
+        ),
+        ('prompts": "', 'prompts": "0', r"the prompts \(\w{12} on host 0, 0\w{12} on host 1\)"),
+        ('rows": "None"', 'rows": "2"', "rows .None on host 0, 2 on host 1."),
+        ("checkpoints/4, ", "checkpoints/3, ", "the checkpoint .*checkpoints/3, .* on host 1"),
+    ],
+    ids=["option", "prompt", "serving", "checkpoint"],
+)
+def test_hosts_that_are_asked_different_things_do_not_answer(
+    run, refused, monkeypatch, old, new, said
+):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "gather", lambda text: [text, text.replace(old, new)])
+    refused(["--checkpoint", str(run), "--prompt", "a", "mesh.data=8", *GREEDY], said)
 
 
 def lines_of(out):

@@ -8,9 +8,11 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import pytest
+from processes import as_hosts
 
-from mixtral_jax.command_line import interruptions
+from mixtral_jax.command_line import OutputError, interruptions
 from mixtral_jax.generation import output
 from mixtral_jax.generation.answering import Event
 from mixtral_jax.generation.results import Answer, TokenLogProbability
@@ -138,3 +140,41 @@ def test_ctrl_c_stays_ignored_and_belongs_to_the_main_thread():
     with ThreadPoolExecutor() as pool:
         assert not pool.submit(stopped).result()
     assert stopped()
+
+
+def test_several_hosts_stop_after_the_same_event(monkeypatch):
+    """Told to by Ctrl-C on one of them, or where what the first prints cannot be written."""
+
+    def events(trouble):
+        told, made = threading.Event(), 0
+
+        def show():
+            if trouble == "closed" and made == 3:
+                raise OutputError("standard output cannot be written")
+
+        try:
+            with output.Stop(told) as stop:
+                for made in range(2 * output.TOGETHER):
+                    if trouble == "told" and made == 5:
+                        told.set()
+                    stop.soon(show)
+                    stop.after_event()
+        except (KeyboardInterrupt, OutputError) as error:
+            return made + 1, type(error)
+        return made + 1, None
+
+    count = output.TOGETHER
+    assert as_hosts(monkeypatch, events, None, None) == [(2 * count, None)] * 2
+    assert as_hosts(monkeypatch, events, None, "told") == [(count, KeyboardInterrupt)] * 2
+    ends = [(count, OutputError), (count, KeyboardInterrupt)]
+    assert as_hosts(monkeypatch, events, "closed", None) == ends
+    assert [events("told"), events("closed")] == [(6, KeyboardInterrupt), (4, OutputError)]
+
+
+def test_what_cannot_be_printed_after_the_last_question_is_raised_at_the_end(monkeypatch):
+    def closed():
+        raise BrokenPipeError
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(BrokenPipeError), output.Stop(threading.Event()) as stop:
+        stop.soon(closed)

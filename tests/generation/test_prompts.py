@@ -261,3 +261,8 @@ def test_any_json_is_answered(lines):
     for one in asked:
         assert [one.text, one.messages, one.error].count(None) == 2
         assert one.error is None or one.error.isprintable()
+
+
+def test_standard_input_is_not_read_by_each_of_several_hosts(refused, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    refused(["--checkpoint", "here", "--prompt-file", "-"], "name a file that all of them see")
