@@ -87,7 +87,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         hide_closed_loops()
-        self._failed = False
+        self._failed = self._abandoned = False
         self._failures = _Failures()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -217,7 +217,13 @@ class Checkpoints:
         with self._writing():
             self._manager.wait_until_finished()
 
+    def abandon(self) -> None:
+        """Let `close` wait for nothing: other hosts, which writing takes too, are gone."""
+        self._abandoned = True
+
     def close(self) -> None:
+        if self._abandoned:
+            return
         if self._failed:  # said already; orbax would raise it again
             if jax.process_count() > 1:
                 jax.distributed.shutdown()  # else its threads, and this process, wait on for others

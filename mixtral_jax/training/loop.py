@@ -43,7 +43,8 @@ def train(config: Config) -> None:
 
     Raises:
       InputError: for what a user can mend; nothing has been written then.
-      TrainingError: if too many steps in a row were not finite, or the run folder takes no more.
+      TrainingError: if too many steps in a row were not finite, the run folder takes no more, or
+        another host is gone.
     """
     start_up = StartUp()
     sharding.start(config.mesh)
@@ -57,10 +58,24 @@ def train(config: Config) -> None:
         try:
             try:
                 run.loop()
+            except jax.errors.JaxRuntimeError as error:
+                if jax.process_count() == 1:
+                    raise
+                run.checkpoints.abandon()
+                raise TrainingError(_lost(error)) from None
             finally:
                 run.close()
         except OSError as error:
             raise TrainingError(f"{config.run.dir} cannot be written: {error}") from None
+
+
+def _lost(error: jax.errors.JaxRuntimeError) -> str:
+    """What is said where a step of several hosts fails: most often, one of them is gone."""
+    return (
+        f"host {jax.process_index()} cannot go on with the others, if they are still there "
+        f"({str(error).splitlines()[0][:200]}): the same command on all of them goes on from the "
+        "newest checkpoint"
+    )
 
 
 class Run:

@@ -258,6 +258,18 @@ def test_hosts_see_whether_their_folder_is_one(tmp_path, monkeypatch):
         assert re.match(r"the hosts differ in run.dir=.* on host 0, .* on host 1\)", str(error))
 
 
+def test_a_host_whose_others_are_gone_says_how_to_go_on(tmp_path, monkeypatch):
+    def lost(run):
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(hosts, "gather", lambda text: pytest.fail("waits for them"))
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Connection reset by peer\nand more")
+
+    monkeypatch.setattr(loop.Run, "loop", lost)
+    told = r"^host 0 cannot go on .* \(UNKNOWN: Connection reset by peer\): the same command on all"
+    with pytest.raises(TrainingError, match=told):
+        loop.train(synthetic(tmp_path / "run"))
+
+
 # ---- nothing is silent -------------------------------------------------------------------------
 
 
