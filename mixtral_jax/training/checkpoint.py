@@ -228,5 +228,5 @@ class Checkpoints:
             if jax.process_count() > 1:
                 jax.distributed.shutdown()  # else its threads, and this process, wait on for others
             return
-        self.wait()
-        self._manager.close()
+        with self._writing():  # alone: what ends this host may not end the others
+            self._manager.close()  # which waits
