@@ -183,8 +183,10 @@ class Checkpoints:
 
     def _wait_for_hosts(self) -> None:
         """Return when no host of several is writing. Raises: TrainingError: as `check`."""
+        if jax.process_count() == 1:
+            return
         self.check()
-        while hosts.on_any_host(jax.process_count() > 1 and self._manager.is_saving_in_progress()):
+        while hosts.on_any_host(self._manager.is_saving_in_progress()):
             time.sleep(0.05)
             self.check()
 
