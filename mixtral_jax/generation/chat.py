@@ -16,8 +16,8 @@ from mixtral_jax.config import InputError
 from mixtral_jax.data.chat import encode_chat
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.generation import command, output
-from mixtral_jax.generation.command import message, opening
 from mixtral_jax.generation.engine import Engine
+from mixtral_jax.generation.prompts import message, opening
 from mixtral_jax.generation.request import (
     Deployment,
     Options,

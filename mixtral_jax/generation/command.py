@@ -7,7 +7,7 @@ import hashlib
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -32,7 +32,7 @@ from mixtral_jax.generation.output import (
     pieces,
     say_aside,
 )
-from mixtral_jax.generation.prompts import Asked, told
+from mixtral_jax.generation.prompts import Asked, message, opening, told
 from mixtral_jax.generation.request import Deployment, Request, Serving, check_request
 from mixtral_jax.generation.results import Answer
 from mixtral_jax.generation.rows import context_for
@@ -341,15 +341,3 @@ def model_config(trained: ModelConfig, deployment: Deployment) -> ModelConfig:
         config = dataclasses.replace(config, compute_dtype=deployment.compute_dtype)
     check_mesh(config, deployment.mesh)
     return config
-
-
-# ---- messages ----------------------------------------------------------------------------------
-
-
-def message(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "content": text}
-
-
-def opening(system: str) -> list[dict[str, Any]]:
-    """The messages that a conversation begins with."""
-    return [message("system", system)] if system else []

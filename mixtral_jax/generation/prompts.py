@@ -217,3 +217,12 @@ def _texts(value: Any) -> Iterator[str]:
             waiting += [*value, *value.values()]
         elif isinstance(value, list):
             waiting += value
+
+
+def message(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": text}
+
+
+def opening(system: str) -> list[dict[str, Any]]:
+    """The messages that a conversation begins with."""
+    return [message("system", system)] if system else []

@@ -18,7 +18,7 @@ from mixtral_jax.config import InputError
 from mixtral_jax.data.chat import encode_chat
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.generation import chat as chats
-from mixtral_jax.generation import command
+from mixtral_jax.generation import command, prompts
 from mixtral_jax.generation.answering import Task
 from mixtral_jax.generation.engine import Engine
 from mixtral_jax.generation.prompts import Asked
@@ -31,11 +31,11 @@ SYSTEM = "Be brief."
 
 
 def user(text):
-    return command.message("user", text)
+    return prompts.message("user", text)
 
 
 def assistant(text):
-    return command.message("assistant", text)
+    return prompts.message("assistant", text)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_prompts_are_messages(checkpoint, main, capsys, tmp_path):
     path.write_text("words\nin é\n", encoding="utf-8")
     told = ["--prompt-file", str(path), "--system", SYSTEM]
     assert main(["--checkpoint", folder, *GREEDY, *told]) == 0
-    system = command.message("system", SYSTEM)
+    system = prompts.message("system", SYSTEM)
     answers = [ask(system, user("words")), ask(system, user("in é"))]
     expected = f"> words\n{answers[0]}\n\n> in é\n{answers[1]}\n\n"
     assert capsys.readouterr().out == expected
@@ -227,7 +227,7 @@ def test_the_history_is_what_the_model_has_said(v3, capsys):
     converse(chat, "Hello\nBye\n")
     assert capsys.readouterr().out == "Hi there\n日本 👩\n"
     first, second = asked(chat)
-    assert first == encode_chat(v3, [command.message("system", SYSTEM), user("Hello")])
+    assert first == encode_chat(v3, [prompts.message("system", SYSTEM), user("Hello")])
     assert second[:8] == [1, 3, 23325, 4, 16127, 1504, 2, 3]
     assert chat.messages[1:] == [
         user("Hello"),
@@ -320,8 +320,8 @@ def test_a_message_of_several_lines_that_is_none(v3, text, wrong):
 def test_a_conversation_begins_anew_with_another_system_prompt(v3, capsys):
     chat = conversation(v3, *map(v3.encode, "ABCD"), system=SYSTEM)
     converse(chat, "a\n/system  Be long.\nb\n/new\nc\n/system \nd\n")
-    assert asked(chat)[1] == encode_chat(v3, [command.message("system", "Be long."), user("b")])
-    assert asked(chat)[2] == encode_chat(v3, [command.message("system", "Be long."), user("c")])
+    assert asked(chat)[1] == encode_chat(v3, [prompts.message("system", "Be long."), user("b")])
+    assert asked(chat)[2] == encode_chat(v3, [prompts.message("system", "Be long."), user("c")])
     assert asked(chat)[3] == encode_chat(v3, [user("d")])
     err = capsys.readouterr().err
     assert "a new conversation, with a new system prompt\n" in err
@@ -331,7 +331,7 @@ def test_a_conversation_begins_anew_with_another_system_prompt(v3, capsys):
 def test_quoted_text_is_no_command_and_any_blank_follows_one(v3):
     chat = conversation(v3, *map(v3.encode, "ABC"))
     converse(chat, 'a\n"""/new"""\n""" """\n/system\tBe brief. \n"""\n/system b\n"""\n')
-    first, *_ = command.opening("Be brief.")
+    first, *_ = prompts.opening("Be brief.")
     said = ["a", "/new"]
     assert asked(chat)[1] == encode_chat(v3, [user("a"), assistant("A"), user(said[1])])
     assert chat.messages == [first, user("/system b"), assistant("C")]
