@@ -16,8 +16,8 @@ run() {
 run python benchmarks/peers.py train --config configs/mixtral_h200.yaml --alone --steps 5 \
     --only mixtral_jax "transformers bfloat16" "dense products"
 # With weights and optimizer state in bfloat16, as transformers' are.
-run python benchmarks/peers.py train --config configs/mixtral_h200.yaml --alone --steps 5 \
-    --only mixtral_jax "dense products" model.param_dtype=bfloat16
+run python benchmarks/peers.py train --config configs/mixtral_h200.yaml model.param_dtype=bfloat16 \
+    --alone --steps 5 --only mixtral_jax "dense products"
 run python benchmarks/train.py --config configs/mixtral_h200.yaml --steps 10 --operations 20
 run python benchmarks/train.py --config configs/mixtral_h200.yaml --steps 10 training.batch_size=12 model.remat=matmuls
 

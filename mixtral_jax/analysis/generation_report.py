@@ -122,8 +122,8 @@ def two_programs(
     graphdef, state = nnx.split(in_layers(shapes_of(model, batch), whole=whole))
     params = sharding.placed_shapes(state, mesh)
     rows, lanes, alive = abstract_inputs(mesh, batch)
-    capacity = context_for(batch.prompt_length + batch.max_new_tokens)
-    size = places(min(capacity, model.max_position_embeddings))
+    context = context_for(batch.prompt_length + batch.max_new_tokens)
+    size = places(min(context, model.max_position_embeddings))
     with jax.set_mesh(mesh):
         shapes = nnx.merge(graphdef, state)
         progress = jax.eval_shape(lambda: empty(shapes, batch.sequences, size, batch.cache_dtype))
