@@ -28,7 +28,7 @@ from mixtral_jax.analysis.memory import bytes_of, memory_of
 from mixtral_jax.analysis.report_file import check_path, show
 from mixtral_jax.config import Config, InputError, ModelConfig
 from mixtral_jax.generation.engine import PART
-from mixtral_jax.generation.programs import ENDS, Lanes, Rows, empty, functions
+from mixtral_jax.generation.programs import ENDS, Lanes, RowOptions, empty, functions
 from mixtral_jax.generation.rows import context_for, lanes_of, length_of
 from mixtral_jax.generation.sampling import Parameters
 from mixtral_jax.interop import folders, quantizing
@@ -142,7 +142,7 @@ def two_programs(
 
 def abstract_inputs(
     mesh: jax.sharding.Mesh, batch: Batch
-) -> tuple[Rows, Lanes, jax.ShapeDtypeStruct]:
+) -> tuple[RowOptions, Lanes, jax.ShapeDtypeStruct]:
     """Shapes of (rows, lanes, alive_B), a row for each sequence."""
     sequences = batch.sequences
     with jax.set_mesh(mesh):
@@ -155,7 +155,7 @@ def abstract_inputs(
     parameters = Parameters(real, whole, *[real] * 5)
     wanted = array(bool, sequences)
     ends = array(jnp.int32, sequences, ENDS)
-    rows = Rows(array(jnp.uint32, sequences), whole, ends, wanted, parameters)
+    rows = RowOptions(array(jnp.uint32, sequences), whole, ends, wanted, parameters)
     lanes = shards * batch.lanes(shards)
     tokens, one = array(jnp.int32, lanes, batch.length), array(jnp.int32, lanes)
     return rows, Lanes(tokens, tokens, one, one, one, array(bool, lanes)), wanted

@@ -62,7 +62,7 @@ class Task:
     """Tokens of the prompt that are in the cache, or on their way."""
     cached: int = 0
     """Tokens of the prompt that were there before."""
-    asked: int = 0
+    ordered: int = 0
     """Tokens that the devices have been asked to make."""
     behind: tuple[Task, int] | None = None
     """A prompt that is run, and the tokens that it shares with this one, which waits for them."""

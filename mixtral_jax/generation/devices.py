@@ -11,7 +11,7 @@ from flax import nnx
 from mixtral_jax.generation.answering import Task
 from mixtral_jax.generation.compiled import Programs
 from mixtral_jax.generation.placing import Placing
-from mixtral_jax.generation.programs import Made, Progress, Rows
+from mixtral_jax.generation.programs import Made, Progress, RowOptions
 from mixtral_jax.generation.rows import Part
 
 
@@ -30,8 +30,8 @@ class Devices:
         self._empty = empty
         self._programs = programs
         self._placing = placing
-        self._asked: list[Task | None] | None = None
-        self._rows: Rows | None = None
+        self._tasks: list[Task | None] | None = None
+        self._rows: RowOptions | None = None
         self._alive: tuple[set[int], jax.Array] | None = None
         self.begin_anew()
 
@@ -48,7 +48,7 @@ class Devices:
 
     def extend(
         self,
-        asked: list[Task | None],
+        tasks: list[Task | None],
         parts: dict[int, Part],
         shape: tuple[int, int],
         score: bool,
@@ -56,24 +56,24 @@ class Devices:
         """Run parts of prompts.
 
         Args:
-          asked: the task of each row.
+          tasks: the last of each row.
           parts: by lane, counted over all devices.
           shape: lanes of each device, and the tokens that each part is padded to.
           score: whether log-probabilities of the prompts are wanted.
         """
         lanes = self._placing.lanes(shape, parts)
-        arguments = (self.params, self.progress, self._placed(asked), lanes)
+        arguments = (self.params, self.progress, self._placed(tasks), lanes)
         self.progress, made = self._programs("extend", *arguments, shape=shape, score=score)
         return made
 
-    def decode(self, asked: list[Task | None], alive: Iterable[int]) -> Made:
+    def decode(self, tasks: list[Task | None], alive: Iterable[int]) -> Made:
         """One more token in the rows that are alive."""
-        self.progress, made = self._programs("decode", *self._decoding(asked, alive))
+        self.progress, made = self._programs("decode", *self._decoding(tasks, alive))
         return made
 
-    def begin_decoding(self, asked: list[Task | None]) -> None:
+    def begin_decoding(self, tasks: list[Task | None]) -> None:
         """Compile decoding, in a thread of its own."""
-        self._programs.begin("decode", *self._decoding(asked, ()))
+        self._programs.begin("decode", *self._decoding(tasks, ()))
 
     def copy(self, source: int, target: int) -> None:
         """Put the cache of one row into another."""
@@ -87,15 +87,15 @@ class Devices:
             "admit", self.progress, *self._placing.marks(vocabulary, tasks)
         )
 
-    def _decoding(self, asked: list[Task | None], alive: Iterable[int]) -> tuple:
+    def _decoding(self, tasks: list[Task | None], alive: Iterable[int]) -> tuple:
         if self._alive is None or self._alive[0] != (alive := set(alive)):
-            is_alive = np.zeros(len(asked), bool)
+            is_alive = np.zeros(len(tasks), bool)
             is_alive[list(alive)] = True
             self._alive = (alive, *self._placing.split(is_alive))
-        return self.params, self.progress, self._placed(asked), self._alive[1]
+        return self.params, self.progress, self._placed(tasks), self._alive[1]
 
-    def _placed(self, asked: Sequence[Task | None]) -> Rows:
+    def _placed(self, tasks: Sequence[Task | None]) -> RowOptions:
         """What the tasks of the rows ask, on the devices; placed anew where one has changed."""
-        if self._rows is None or self._asked != asked:
-            self._asked, self._rows = list(asked), self._placing.asked(asked)
+        if self._rows is None or self._tasks != tasks:
+            self._tasks, self._rows = list(tasks), self._placing.row_options(tasks)
         return self._rows

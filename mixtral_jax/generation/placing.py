@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from mixtral_jax import sharding
 from mixtral_jax.generation.answering import Task
 from mixtral_jax.generation.free_memory import free_memory
-from mixtral_jax.generation.programs import ENDS, NOTHING, Lanes, Rows
+from mixtral_jax.generation.programs import ENDS, NOTHING, Lanes, RowOptions
 from mixtral_jax.generation.request import Options
 from mixtral_jax.generation.rows import Part
 from mixtral_jax.generation.sampling import Parameters
@@ -82,7 +82,7 @@ class Placing:
                 bias[shard, token] = value
         return self.split(row, use, in_prompt, bias)
 
-    def asked(self, tasks: Sequence[Task | None]) -> Rows:
+    def row_options(self, tasks: Sequence[Task | None]) -> RowOptions:
         """What tasks ask, one a row; neutral where there is none."""
         options = [Options(temperature=0.0) if task is None else task.options for task in tasks]
         ends = np.full((len(tasks), ENDS), NOTHING, np.int32)
@@ -106,7 +106,7 @@ class Placing:
         )
         least = column(np.int32, "min_new_tokens")
         placed = self.split(seed, least, ends, wanted, *parameters)
-        return Rows(*placed[:4], Parameters(*placed[4:]))
+        return RowOptions(*placed[:4], Parameters(*placed[4:]))
 
 
 def memory_of_device(mesh: jax.sharding.Mesh) -> float:

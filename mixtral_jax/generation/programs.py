@@ -42,7 +42,7 @@ ENDS = 17
 """Most ids that end an answer: EOS and 16 of a request's own."""
 
 
-class Rows(NamedTuple):
+class RowOptions(NamedTuple):
     """What the requests in the rows ask; a row of each B, split as the batch."""
 
     seed_B: jax.Array
@@ -137,7 +137,9 @@ def empty(model: Mixtral, rows: int, places: int, dtype: jnp.dtype | None = None
     )
 
 
-def extend(graphdef, params, progress: Progress, rows: Rows, lanes: Lanes, *, score: bool = False):
+def extend(
+    graphdef, params, progress: Progress, rows: RowOptions, lanes: Lanes, *, score: bool = False
+):
     """Run parts of prompts; see the module."""
     model: Mixtral = nnx.merge(graphdef, params)
     places_1L = jnp.arange(lanes.tokens_YL.shape[1], dtype=jnp.int32)[None]
@@ -166,7 +168,7 @@ def extend(graphdef, params, progress: Progress, rows: Rows, lanes: Lanes, *, sc
     return small._replace(cache=out.cache), _shown(made)
 
 
-def decode(graphdef, params, progress: Progress, rows: Rows, alive_B: jax.Array):
+def decode(graphdef, params, progress: Progress, rows: RowOptions, alive_B: jax.Array):
     """One more token in each row that is live; see the module.
 
     Args:
@@ -262,7 +264,7 @@ def _of_each(logits_YLV, token_YL) -> LogProbabilities:
     return jax.tree.map(lambda a: a.reshape(*token_YL.shape, *a.shape[1:]), flat)
 
 
-def _choose(logits_BV, rows: Rows, progress: Progress, live_B):
+def _choose(logits_BV, rows: RowOptions, progress: Progress, live_B):
     """Sample where live: (token_B or NOTHING, log-probabilities, the new progress).
 
     Logits that are not finite end the answer, with NOTHING.

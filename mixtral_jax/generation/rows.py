@@ -34,7 +34,7 @@ class Row:
 
     def __init__(self, places: int):
         self.task: Task | None = None
-        self.asks: Task | None = None
+        self.last_task: Task | None = None
         """The task that it has, or had last."""
         self.used = 0
         """When it was taken last."""

@@ -3,10 +3,10 @@
 Work is ordered before the host has read what came of that before it, and noted as it is ordered. A
 task waits until `_admit` gives it a row and a place among the lanes of that row's device. Parts of
 its prompt make `done` grow, and the row's `written`, though no device may have run them yet. The
-last part makes its first token: from then on it decodes. `asked` counts tokens that were ordered,
+last part makes its first token: from then on it decodes. `ordered` counts tokens that were ordered,
 `tokens` holds those that were read (`pushed`), a turn or more later. It leaves the row when its
-last token is ordered, or one that ends it is read. A row's `task` occupies it; its `asks` is the
-one whose options the devices' arrays have for that row, until another is admitted.
+last token is ordered, or one that ends it is read. A row's `task` occupies it; its `last_task` is
+the one whose options the devices' arrays have for that row, until another is admitted.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ class Scheduler:
             length = LEAST_PART
             while length <= min(self._part, self._places):
                 for lanes in {1, self._lanes_of(length)}:
-                    self._devices.extend(self._asked(), {}, (lanes, length), False)
+                    self._devices.extend(self._tasks(), {}, (lanes, length), False)
                 if score:
-                    self._devices.extend(self._asked(), {}, (1, length), True)
+                    self._devices.extend(self._tasks(), {}, (1, length), True)
                 length *= 2
-            self._devices.decode(self._asked(), ())
+            self._devices.decode(self._tasks(), ())
             self._devices.copy(0, 0)
             self._devices.mark({})
             self.fresh = False
@@ -86,7 +86,7 @@ class Scheduler:
         """Free all rows; where cores are many, compile decoding while the first part compiles."""
         self.end()
         if not self._devices.compiled and (os.cpu_count() or 1) >= CORES:
-            self._devices.begin_decoding(self._asked())
+            self._devices.begin_decoding(self._tasks())
 
     def end(self) -> None:
         """Free all rows."""
@@ -105,7 +105,7 @@ class Scheduler:
         Of an answer that failed nothing may be used again.
         """
         row = self._rows[task.row]
-        if row.asks is task:
+        if row.last_task is task:
             if task.answer is not None and task.answer.error is not None:
                 row.clear()
             else:
@@ -147,10 +147,10 @@ class Scheduler:
             return turns
         if alive := {i: row.task for i, row in enumerate(self._rows) if _decodes(row.task)}:
             for place, task in alive.items():
-                task.asked += 1
+                task.ordered += 1
                 if not _decodes(task):  # its last token: the row is free for the next request
                     self._rows[place].task = None
-            turns.append(Turn(self._devices.decode(self._asked(), alive), alive, {}))
+            turns.append(Turn(self._devices.decode(self._tasks(), alive), alive, {}))
         return turns
 
     def _fill_lanes(self, waiting: deque[Task]) -> None:
@@ -191,7 +191,7 @@ class Scheduler:
             self._devices.copy(source, own)
         self._clock += 1
         row = self._rows[own]
-        row.task = row.asks = task
+        row.task = row.last_task = task
         row.used = self._clock
         row.clear()
         row.write(task.prompt[:done])
@@ -202,9 +202,9 @@ class Scheduler:
             row.marked = task.marks
         return True
 
-    def _asked(self) -> list[Task | None]:
+    def _tasks(self) -> list[Task | None]:
         """By row, the task that it has or had last."""
-        return [row.asks for row in self._rows]
+        return [row.last_task for row in self._rows]
 
     def _next_parts(self) -> tuple[Turn, int]:
         """Run the next parts of prompts, all of one length: that of the first on each device.
@@ -234,10 +234,10 @@ class Scheduler:
             self._rows[task.row].write(task.prompt[start : task.done])
             if not _left(task):
                 self._lanes[self._placing.shard_of(task.row)].remove(task)
-                task.asked = int(answers)
+                task.ordered = int(answers)
                 if not _decodes(task):
                     self._rows[task.row].task = None
-        made = self._devices.extend(self._asked(), parts, (each, length), score)
+        made = self._devices.extend(self._tasks(), parts, (each, length), score)
         tasks = {lane: part.task for lane, part in parts.items()}
         counts = [part.count for part in parts.values()]
         tokens = np.bincount([lane // each for lane in parts], counts)
@@ -249,7 +249,7 @@ class Scheduler:
 
 def _decodes(task: Task | None) -> bool:
     """Whether a task has its prompt behind it, and tokens left to ask for."""
-    return task is not None and 0 < task.asked < task.options.max_new_tokens
+    return task is not None and 0 < task.ordered < task.options.max_new_tokens
 
 
 def _waits(task: Task) -> bool:
