@@ -17,8 +17,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mixtral_jax.kernels import platform
+
 LEAST_TEMPERATURE = 1e-6  # below it, differences between float32 logits leave float32
 LEAST_TOP_P = 1e-30  # keeps one token
+
+
+def in_graphs() -> bool:
+    """Whether XLA makes CUDA graphs of a program: of all but loops and sorts of a whole vocabulary.
+
+    For these the host waits until the device is there, even if they are in the branch of a
+    condition that is not taken, and the device then waits for what the host does next.
+    """
+    return platform() == "gpu"
 
 
 class Parameters(NamedTuple):
@@ -175,15 +186,22 @@ def _ordered_code(x: jax.Array) -> jax.Array:
 def _heaviest_cut(code_BV: jax.Array, weight_BV: jax.Array, target_B: jax.Array) -> jax.Array:
     """cut_B1: the largest code such that the elements with at least this code weigh the target.
 
-    Found bit by bit, which costs 32 sums; sorting a row costs ten times more on a CPU.
+    Found bit by bit, which costs 32 sums; sorting a row costs ten times more on a CPU. On GPU by
+    four bits at a time and without a loop: see `in_graphs`.
     """
+    bits = 4 if in_graphs() else 1
+    digit_1J = jnp.arange(1, 1 << bits, dtype=jnp.uint32)[None]
 
     def step(i, cut_B1):
-        tried_B1 = cut_B1 | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        weight_B = jnp.where(code_BV >= tried_B1, weight_BV, 0).sum(axis=-1)
-        return jnp.where((weight_B >= target_B)[:, None], tried_B1, cut_B1)
+        place = (32 - bits - bits * jnp.asarray(i)).astype(jnp.uint32)
+        tried_BJ = cut_B1 | (digit_1J << place)
+        over_BJV = code_BV[:, None] >= tried_BJ[..., None]
+        weight_BJ = jnp.where(over_BJV, weight_BV[:, None], 0).sum(axis=-1)
+        reached_BJ = weight_BJ >= target_B[:, None]
+        return cut_B1 | (reached_BJ.sum(axis=-1, keepdims=True, dtype=jnp.uint32) << place)
 
-    return jax.lax.fori_loop(0, 32, step, jnp.zeros_like(code_BV[:, :1]))
+    start_B1 = jnp.zeros_like(code_BV[:, :1])
+    return jax.lax.fori_loop(0, 32 // bits, step, start_B1, unroll=in_graphs())
 
 
 def sample(key_B: jax.Array, logits_BV: jax.Array, parameters: Parameters) -> jax.Array:
@@ -210,17 +228,19 @@ def sample(key_B: jax.Array, logits_BV: jax.Array, parameters: Parameters) -> ja
 def _best(x_BV: jax.Array) -> jax.Array:
     """The place of each row's largest, the first of equals, int32: as jnp.argmax.
 
-    That is what XLA takes five times longer for on a CPU. It is asked where nothing equals the
-    largest: a row has NaN, or XLA computed a number twice and rounded it in two ways.
+    That is what XLA takes five times longer for on a CPU. There it is asked where nothing equals
+    the largest: a row has NaN, or XLA computed a number twice and rounded it in two ways.
     """
-    vocabulary = x_BV.shape[1]
-    best_B1 = x_BV.max(axis=-1, keepdims=True)
-    place_BV = jax.lax.broadcasted_iota(jnp.int32, x_BV.shape, 1)
-    token_B = jnp.where(x_BV == best_B1, place_BV, vocabulary).min(axis=-1)
 
     def slowly():
         return jnp.argmax(x_BV, axis=-1).astype(jnp.int32)
 
+    if platform() != "cpu":
+        return slowly()
+    vocabulary = x_BV.shape[1]
+    best_B1 = x_BV.max(axis=-1, keepdims=True)
+    place_BV = jax.lax.broadcasted_iota(jnp.int32, x_BV.shape, 1)
+    token_B = jnp.where(x_BV == best_B1, place_BV, vocabulary).min(axis=-1)
     return jax.lax.cond((token_B == vocabulary).any(), slowly, lambda: token_B)
 
 
@@ -243,7 +263,26 @@ def log_probabilities(logits_BV: jax.Array, token_B: jax.Array, top: int) -> Log
     best_B1 = logits_BV.max(axis=-1, keepdims=True)
     log_sum_B1 = jnp.log(jnp.exp(logits_BV - best_B1).sum(axis=-1, keepdims=True))
     chosen_B1 = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)
-    top_BN, top_ids_BN = jax.lax.top_k(logits_BV, top)
+    top_BN, top_ids_BN = _top(logits_BV, top)
     return LogProbabilities(
         (chosen_B1 - best_B1 - log_sum_B1)[:, 0], top_ids_BN, top_BN - best_B1 - log_sum_B1
     )
+
+
+def _top(x_BV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """(top_BN, ids_BN): the N = `count` largest of each row, as jax.lax.top_k, whose sort a GPU
+    would leave its graph for."""
+    if not in_graphs():
+        return jax.lax.top_k(x_BV, count)
+    code_BV = _ordered_code(x_BV)
+    cut_B1 = _heaviest_cut(code_BV, jnp.ones_like(code_BV, jnp.int32), jnp.full(len(x_BV), count))
+    above_BV, at_BV = code_BV > cut_B1, code_BV == cut_B1
+    first_B1 = above_BV.sum(axis=-1, keepdims=True)
+    place_BV = jnp.where(above_BV, jnp.cumsum(above_BV, -1), first_B1 + jnp.cumsum(at_BV, -1)) - 1
+    place_BV = jnp.where(above_BV | at_BV, place_BV, count)
+    row_B1, id_BV = (jax.lax.broadcasted_iota(jnp.int32, x_BV.shape, axis) for axis in (0, 1))
+    ids_BN = jnp.zeros((len(x_BV), count), jnp.int32)
+    ids_BN = ids_BN.at[row_B1, place_BV].set(id_BV, mode="drop")
+    top_BN, code_BN = (jnp.take_along_axis(a, ids_BN, axis=-1) for a in (x_BV, code_BV))
+    _, ids_BN, top_BN = jax.lax.sort((~code_BN, ids_BN, top_BN), num_keys=2)
+    return top_BN, ids_BN

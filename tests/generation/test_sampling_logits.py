@@ -19,12 +19,23 @@ from sampling_rows import (
     reference,
 )
 
+from mixtral_jax.generation import sampling
 from mixtral_jax.generation.sampling import (
     Parameters,
     filter_logits,
     log_probabilities,
     penalize,
 )
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def platform(request, monkeypatch):
+    """With what each computes, on the CPU."""
+    monkeypatch.setattr(sampling, "platform", lambda: request.param)
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
+
 
 # ---- against NumPy -----------------------------------------------------------------------------
 
@@ -45,7 +56,7 @@ CASES = list(
 
 
 @pytest.mark.parametrize("kind", ["distinct", "ties", "equal", "peaked"])
-def test_filters_are_those_of_the_reference(kind):
+def test_filters_are_those_of_the_reference(kind, platform):
     random = np.random.default_rng(3)
     logits_BV = 2 * random.normal(size=(len(CASES), VOCABULARY)) - 5
     logits_BV = {
@@ -70,7 +81,7 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it():
     assert kept[5].tolist() == [False, True, True, True, True]  # of equals, the higher id
 
 
-def test_extreme_numbers_leave_a_distribution():
+def test_extreme_numbers_leave_a_distribution(platform):
     logits = np.array([3e38, -3e38, 3e38, 0.0, -np.inf], np.float32)
     rows = [(t, k, p) for t in (1e-30, 1.0, 1e6) for k in (0, 2) for p in (1e-30, 0.5, 1.0)]
     got, kept = filtered(np.tile(logits, (len(rows), 1)), rows)
@@ -81,7 +92,7 @@ def test_extreme_numbers_leave_a_distribution():
     np.testing.assert_allclose(cold, [[0, 1, 0]], atol=1e-7)
 
 
-def test_no_row_is_left_without_a_token():
+def test_no_row_is_left_without_a_token(platform):
     inf = np.inf
     logits = [[-inf] * 4, [inf, 0.0, inf, -inf], [3e38, 1.0, -3e38, 0.0], [0.0, 2.0, 2.0, 1.0]]
     rows = list(itertools.product((1e-30, 1.0), (-1, 0, 1), (0.0, 0.5, 1.0), (0.0, 1.0, 7.0)))
@@ -136,6 +147,21 @@ def test_penalties_are_those_of_the_formulas():
     biased_BV = logits_BV.astype(np.float64) + bias_BV
     expected_BV = list(map(penalized, biased_BV, rows, prompts, answers))
     np.testing.assert_allclose(got_BV, expected_BV, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("top", [0, 1, 20, VOCABULARY])
+def test_the_most_likely_tokens_are_those_of_top_k(top, platform):
+    random = np.random.default_rng(7)
+    logits_BV = random.normal(size=(8, VOCABULARY)).astype(np.float32)
+    logits_BV[2:4] = np.round(logits_BV[2:4]) + 0.0  # ties; no -0, which top_k puts below 0
+    logits_BV[4, 9:] = -np.inf
+    logits_BV[5] = 0
+    got = jax.jit(log_probabilities, static_argnums=2)(logits_BV, np.zeros(8, np.int32), top)
+    _, ids_BN = jax.lax.top_k(logits_BV, top)
+    np.testing.assert_array_equal(got.top_ids_BN, ids_BN)
+    expected_BV = jax.nn.log_softmax(logits_BV)
+    expected_BN = np.take_along_axis(np.asarray(expected_BV), np.asarray(ids_BN), 1)
+    np.testing.assert_allclose(got.top_BN, expected_BN, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("top", [-1, VOCABULARY + 1])

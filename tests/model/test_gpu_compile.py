@@ -118,14 +118,22 @@ def test_layers_computed_again_read_their_matrices_where_they_lie(gpus):
 @pytest.mark.parametrize(
     ("sequences", "triton", "mosaic"), [(1, 7, 0), (few_rows.MOST, 7, 0), (few_rows.MOST + 1, 1, 3)]
 )
-def test_decoding_copies_no_matrix(gpus, sequences, triton, mosaic):
+def test_decoding_copies_no_matrix_and_is_one_graph(gpus, tmp_path, sequences, triton, mosaic):
     """Of a layer: two norms, two products of attention, it itself, and two kernels of the experts
-    for a few tokens; for more, attention itself and three of the experts."""
+    for a few tokens; for more, attention itself and three of the experts.
+
+    XLA writes down what it runs one after another: a CUDA graph, and nothing for which the host
+    waits within a step, as for a loop or a large sort, in a branch that is not taken too.
+    """
     mesh = sharding.make_mesh(devices=gpus(1))
     model = dataclasses.replace(MODEL, hidden_size=512, intermediate_size=2048)
     batch = generation_report.Batch(sequences=sequences, prompt_length=64, max_new_tokens=64)
     program = generation_report.two_programs(model, mesh, batch, True)["decode"]
-    compiled = program.compile(mesh)
+    compiled = program.compile(mesh, {"xla_dump_to": str(tmp_path)})
+    (run,) = tmp_path.glob("*decode*.thunk_sequence_after_thunk_passes.txt")
+    outer = re.findall(r"^\d+: (\w+)", run.read_text(encoding="utf-8"), re.MULTILINE)
+    assert outer == ["kCommandBuffer"]
+    assert not re.search(rf"\[(\d+,)?{model.vocab_size}\]\S* sort\(", compiled.as_text())
     called = re.findall(r'custom_call_target="([^"]*)"', compiled.as_text())
     assert called.count("__gpu$xla.gpu.triton") == triton * model.num_hidden_layers
     assert called.count("mosaic_gpu_v2") == mosaic * model.num_hidden_layers
