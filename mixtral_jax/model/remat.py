@@ -64,9 +64,14 @@ def in_type(layers: nnx.State, dtype: jnp.dtype) -> nnx.State:
 
     Without a loop, a layer that is computed again finds its parameters kept as they came in, each a
     slice of its stack; so neither what is kept nor its gradient is wider than what is multiplied.
+
+    On GPU a barrier stands behind, which is one for the gradients too: they are put together in
+    their stack once, and one kernel then updates a weight and both its moments. XLA would put them
+    together within the update, in a kernel for each of the three that reads all of it again.
     """
+    behind = jax.lax.optimization_barrier if platform() == "gpu" else lambda a: a
 
     def cast(path, a):
-        return a if "router" in jax.tree_util.keystr(path) else a.astype(dtype)
+        return behind(a if "router" in jax.tree_util.keystr(path) else a.astype(dtype))
 
     return jax.tree.map_with_path(cast, layers)

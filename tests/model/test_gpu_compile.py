@@ -105,14 +105,21 @@ def test_a_training_step_of_any_size_and_type_and_on_any_gpu(gpus, kind, dtype, 
     assert not any("1024" in shape.split(",") for shape in products)  # as many rows as there are
 
 
-def test_layers_computed_again_read_their_matrices_where_they_lie(gpus):
+def test_layers_apart_move_no_matrix_in_vain(gpus):
+    """Those computed again read theirs where they lie, and one kernel updates each with its
+    moments, from gradients that were put together once."""
     changes = {"grouped_matmul": "hopper", "attention": "xla", "param_dtype": "float32"}
     model = dataclasses.replace(MODEL, **changes, remat="matmuls", scan_layers=False)
     training = TrainingConfig(batch_size=2, sequence_length=256)
     mesh = sharding.make_mesh(devices=gpus(1))
     program = compile_step(Config(model=model, training=training), mesh).as_text()
     made = Counter(re.findall(r"= (bf16\[[\d,]*,(?:256,384|384,256)\])\S* fusion\(", program))
-    assert made == {"bf16[2,8,256,384]": 2, "bf16[2,8,384,256]": 1}  # stacks: gate and up; down
+    # Stacks, of weights and of gradients: gate and up; down.
+    assert made == {"bf16[2,8,256,384]": 4, "bf16[2,8,384,256]": 2}
+    for shape, updated in (("2,8,256,384", 2), ("2,8,384,256", 1)):
+        one = rf"f32\[{shape}\]\S*"
+        assert len(re.findall(rf"= \({one}, {one}, {one}\) fusion\(", program)) == updated
+        assert not re.search(rf"= {one} (fusion|copy)\(", program)
 
 
 @pytest.mark.parametrize(
