@@ -2,6 +2,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -42,6 +43,13 @@ def test_too_few_devices():
         sharding.make_mesh(fsdp=3, expert=4)
     one_line(error, "mesh.fsdp=3", "mesh.expert=4", "12 devices", "has 8", "smaller mesh")
     assert "mesh.data" not in str(error.value), "axes of size 1 are not worth naming"
+
+
+def test_too_few_gpus():
+    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+    with pytest.raises(InputError) as error:
+        sharding.make_mesh(data=2, expert=4, devices=[gpu])
+    one_line(error, "1 (NVIDIA H200)", "smaller mesh (mesh.data=1 mesh.expert=1 for one device)")
 
 
 def test_on_several_hosts_the_mesh_uses_every_device(monkeypatch):
