@@ -133,7 +133,7 @@ def two_programs(
         ),
         progress,
     )
-    made = functions(graphdef)
+    made = functions(partial(nnx.merge, graphdef))
     return {
         "prefill": Program(made["extend"], (params, progress, rows, lanes), {}),
         "decode": Program(made["decode"], (params, progress, rows, alive), {}),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
+from typing import Any
 
 import jax
-from flax import nnx
 
 from mixtral_jax.generation.programs import functions
+from mixtral_jax.model.mixtral import Mixtral
 
 
 @functools.cache
@@ -39,9 +41,11 @@ class Programs:
     All give the memory of `progress` to their result.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh, options: dict[str, str]):
-        """Args: graphdef: the model's, from nnx.split; options: of the compiler."""
-        self._mesh, self._functions, self._options = mesh, functions(graphdef), options
+    def __init__(
+        self, merge: Callable[[Any], Mixtral], mesh: jax.sharding.Mesh, options: dict[str, str]
+    ):
+        """Args: merge: makes the model of its parameters; options: of the compiler."""
+        self._mesh, self._functions, self._options = mesh, functions(merge), options
         self._compiled: dict[tuple, Future] = {}
         self._lock = threading.Lock()
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
-from flax import nnx
 
 from mixtral_jax.generation.answering import Task
 from mixtral_jax.generation.compiled import Programs
@@ -21,7 +20,7 @@ class Devices:
     def __init__(
         self,
         programs: Programs,
-        params: nnx.State,
+        params: Sequence[jax.Array],
         empty: Callable[[], Progress],
         placing: Placing,
     ):

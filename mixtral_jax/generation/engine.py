@@ -121,12 +121,17 @@ class Engine:
             several = self.rows > shards
             model = unstacked(model, transposed=not several)
             options = small_products() if several and not converts_blocks(model) else {}
-        graphdef, params = nnx.split(model)
+        graphdef, state = nnx.split(model)
+        params, structure = jax.tree.flatten(state)  # once, and not for each call
+
+        def merge(params):
+            return nnx.merge(graphdef, jax.tree.unflatten(structure, params))
+
         fresh = jax.jit(partial(empty, model, self.rows, length, dtype))
         placing = Placing(mesh, self.rows, shards)
-        self._devices = Devices(Programs(graphdef, mesh, options), params, fresh, placing)
+        self._devices = Devices(Programs(merge, mesh, options), params, fresh, placing)
         self._scheduler = Scheduler(self._devices, placing, length, part)
-        self._chosen_experts = ChosenExperts(graphdef, self.config, placing)
+        self._chosen_experts = ChosenExperts(merge, self.config, placing)
         self._busy = False
 
     def _rows_in_memory(self, wanted: int, size: int, mesh: jax.sharding.Mesh, shards: int) -> int:

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 
 from mixtral_jax import sharding
@@ -102,12 +101,13 @@ class Made(NamedTuple):
     """Of next_YL, where prompts are scored: a dimension L after the first."""
 
 
-def functions(graphdef: nnx.GraphDef) -> dict[str, Callable]:
-    """The programs of a model, from nnx.split, to be lowered with the mesh set."""
+def functions(merge: Callable[[Any], Mixtral]) -> dict[str, Callable]:
+    """The programs of a model, which `merge` makes of its parameters, to be lowered with the mesh
+    set."""
     donated = {"donate_argnames": "progress"}
     return {
-        "extend": jax.jit(partial(extend, graphdef), static_argnames="score", **donated),
-        "decode": jax.jit(partial(decode, graphdef), **donated),
+        "extend": jax.jit(partial(extend, merge), static_argnames="score", **donated),
+        "decode": jax.jit(partial(decode, merge), **donated),
         "admit": jax.jit(admit, **donated),
         "copy": jax.jit(copy, **donated),
     }
@@ -138,10 +138,10 @@ def empty(model: Mixtral, rows: int, places: int, dtype: jnp.dtype | None = None
 
 
 def extend(
-    graphdef, params, progress: Progress, rows: RowOptions, lanes: Lanes, *, score: bool = False
+    merge, params, progress: Progress, rows: RowOptions, lanes: Lanes, *, score: bool = False
 ):
     """Run parts of prompts; see the module."""
-    model: Mixtral = nnx.merge(graphdef, params)
+    model: Mixtral = merge(params)
     places_1L = jnp.arange(lanes.tokens_YL.shape[1], dtype=jnp.int32)[None]
     positions_YL = lanes.start_Y[:, None] + places_1L
     segments_YL = (places_1L < lanes.count_Y[:, None]).astype(jnp.int32)
@@ -168,13 +168,13 @@ def extend(
     return small._replace(cache=out.cache), _shown(made)
 
 
-def decode(graphdef, params, progress: Progress, rows: RowOptions, alive_B: jax.Array):
+def decode(merge, params, progress: Progress, rows: RowOptions, alive_B: jax.Array):
     """One more token in each row that is live; see the module.
 
     Args:
       alive_B: false for rows that the host has ended.
     """
-    model: Mixtral = nnx.merge(graphdef, params)
+    model: Mixtral = merge(params)
     live_B = progress.live_B & alive_B
     out = model.forward(
         progress.token_B[:, None],

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from mixtral_jax import sharding
 from mixtral_jax.config import InputError, ModelConfig
 from mixtral_jax.generation.placing import Placing
 from mixtral_jax.generation.rows import length_of
+from mixtral_jax.model.mixtral import Mixtral
 
 
 class ChosenExperts:
     """The experts of a model's tokens, by a program for each layer and length that is asked for."""
 
-    def __init__(self, graphdef: nnx.GraphDef, config: ModelConfig, placing: Placing):
+    def __init__(self, merge: Callable[[Any], Mixtral], config: ModelConfig, placing: Placing):
+        """Args: merge: makes the model of its parameters."""
+
         def experts(params, tokens_BL, segments_BL, layer):
-            return nnx.merge(graphdef, params).chosen_experts(tokens_BL, segments_BL, layer)
+            return merge(params).chosen_experts(tokens_BL, segments_BL, layer)
 
         self._layers, self._placing = config.num_hidden_layers, placing
         self._experts = jax.jit(experts, static_argnames="layer")
 
-    def __call__(self, params: nnx.State, tokens: Sequence[int], layer: int) -> np.ndarray:
+    def __call__(self, params: Any, tokens: Sequence[int], layer: int) -> np.ndarray:
         """ids_TC of the experts that each token goes to, best first.
 
         Raises:
