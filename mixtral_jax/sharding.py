@@ -108,17 +108,18 @@ def make_mesh(
     devices = jax.devices() if devices is None else list(devices)
     wanted = math.prod(sizes)
     if wanted > len(devices):
-        axes = [f"{a}={n}" for a, n in zip(AXES, sizes, strict=True) if n > 1]
-        here = f"{len(devices)} ({devices[0].device_kind})"
+        large = {axis: n for axis, n in zip(AXES, sizes, strict=True) if n > 1}
         message = (
-            f"a mesh of {', '.join(f'mesh.{axis}' for axis in axes)} needs {wanted} devices, and "
-            f"this machine has {here}: use a smaller mesh"
+            f"a mesh of {', '.join(f'mesh.{axis}={n}' for axis, n in large.items())} needs "
+            f"{wanted} devices, and this machine has {len(devices)} ({devices[0].device_kind}): "
+            "use a smaller mesh"
         )
         if devices[0].platform == "cpu":
-            start = f"sharding.start(MeshConfig({', '.join(axes)}))"
-            raise InputError(f"{message}, or {start} before JAX uses the CPU")
-        one = " ".join(f"mesh.{axis.partition('=')[0]}=1" for axis in axes)
-        raise InputError(f"{message} ({one} for one device)")
+            start = ", ".join(f"{axis}={n}" for axis, n in large.items())
+            message += f", or sharding.start(MeshConfig({start})) before JAX uses the CPU"
+        else:
+            message += f" ({' '.join(f'mesh.{axis}=1' for axis in large)} for one device)"
+        raise InputError(message)
     devices = devices[:wanted]
     slices = len({d.slice_index for d in devices}) if hasattr(devices[0], "slice_index") else 1
     if slices == 1 or devices[0].platform != "tpu":

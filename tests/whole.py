@@ -30,6 +30,17 @@ SIZES = {
     "rope_theta": 50.0,
     "max_position_embeddings": 16,
 }
+KERNEL_SIZES = {
+    "vocab_size": 640,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+"""Small ones that the kernels of a GPU take."""
 WEIGHTS = {"load_balance_weight": 0.3, "router_z_weight": 0.1, "z_weight": 0.05}
 
 

@@ -232,16 +232,16 @@ def _best(x_BV: jax.Array) -> jax.Array:
     the largest: a row has NaN, or XLA computed a number twice and rounded it in two ways.
     """
 
-    def slowly():
+    def argmax():
         return jnp.argmax(x_BV, axis=-1).astype(jnp.int32)
 
     if platform() != "cpu":
-        return slowly()
+        return argmax()
     vocabulary = x_BV.shape[1]
     best_B1 = x_BV.max(axis=-1, keepdims=True)
     place_BV = jax.lax.broadcasted_iota(jnp.int32, x_BV.shape, 1)
     token_B = jnp.where(x_BV == best_B1, place_BV, vocabulary).min(axis=-1)
-    return jax.lax.cond((token_B == vocabulary).any(), slowly, lambda: token_B)
+    return jax.lax.cond((token_B == vocabulary).any(), argmax, lambda: token_B)
 
 
 def log_probabilities(logits_BV: jax.Array, token_B: jax.Array, top: int) -> LogProbabilities:

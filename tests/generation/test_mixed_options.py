@@ -6,6 +6,7 @@ Runs on a GPU too (see conftest.py), where all of a step is one CUDA graph.
 import jax
 import numpy as np
 import pytest
+from whole import KERNEL_SIZES
 
 from mixtral_jax import sharding
 from mixtral_jax.config import ModelConfig
@@ -14,17 +15,7 @@ from mixtral_jax.generation.request import Options, Request
 from mixtral_jax.model.mixtral import initialize
 
 pytestmark = pytest.mark.gpu
-CONFIG = ModelConfig(
-    vocab_size=3200,
-    hidden_size=256,
-    intermediate_size=384,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    num_local_experts=8,
-    num_experts_per_tok=2,
-    max_position_embeddings=128,
-)
+CONFIG = ModelConfig(**KERNEL_SIZES, max_position_embeddings=128)
 NEW = 24
 DRAWN = {"temperature": 1.0, "seed": 3}
 ASKED = {

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from harness import plain, random_parameters
-from whole import loss_of
+from whole import KERNEL_SIZES, loss_of
 
 from mixtral_jax import sharding
 from mixtral_jax.config import ModelConfig
@@ -15,17 +15,7 @@ from mixtral_jax.model.mixtral import abstract_state, chosen_kernels
 
 pytestmark = pytest.mark.gpu
 ROWS, LENGTH = 4, 256
-SIZES = {
-    "vocab_size": 640,
-    "hidden_size": 256,
-    "intermediate_size": 384,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "compute_dtype": "bfloat16",
-}
+SIZES = {**KERNEL_SIZES, "compute_dtype": "bfloat16"}
 PORTABLE = {"grouped_matmul": "ragged_dot", "attention": "xla"}
 
 

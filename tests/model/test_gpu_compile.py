@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
+from whole import KERNEL_SIZES
 
 from mixtral_jax import sharding
 from mixtral_jax.analysis import generation_report
@@ -24,20 +25,7 @@ from mixtral_jax.kernels import few_rows, few_tokens
 from mixtral_jax.training.step import kernels_of_step
 
 CUDNN = any(d.name.startswith("nvidia-cudnn") for d in metadata.distributions())
-MODEL = ModelConfig(
-    vocab_size=640,
-    hidden_size=256,
-    intermediate_size=384,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    num_local_experts=8,
-    num_experts_per_tok=2,
-    compute_dtype="bfloat16",
-    param_dtype="bfloat16",
-)
-
-
+MODEL = ModelConfig(**KERNEL_SIZES, compute_dtype="bfloat16", param_dtype="bfloat16")
 OTHERS = {  # than an H200: the name, compute capability and bytes of shared memory of a block
     "a100": ("NVIDIA A100-SXM4-80GB", "major: 8", 166_912),
     "rtx4090": ("NVIDIA GeForce RTX 4090", "major: 8 minor: 9", 101_376),
